@@ -1,0 +1,306 @@
+"""Settings: frozen, keyword-only, validated where they are made. All defaults stand here and nowhere else.
+
+Units are in the names: `_mb` is 1024 x 1024 bytes, times are seconds. The library reads no environment and no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
+
+from agentpool.errors import SettingsError
+
+if TYPE_CHECKING:
+    from agentpool.core.retry import RetryLike
+
+__all__ = ["MB", "BreakerSettings", "CpuPolicy", "PoolOptions", "PoolSettings", "TaskOptions", "TaskOptionsDict"]
+
+MB: Final = 1024 * 1024
+
+DEFAULT_MAX_WORKERS: Final = 4
+DEFAULT_MEMORY_LIMIT_MB: Final = 100.0
+#: Queue bound of `get_agent_pool()`, the orchestrator and `agentpool run`: none of them has a caller that watches a
+#: queue grow.
+DEFAULT_MAX_PENDING: Final = 1_000
+#: A queue longer than this shows in the health report, whatever `max_pending` says.
+LONG_QUEUE: Final = 10_000
+#: Attempts for a lost worker that an agent kind declared `idempotent` gets without asking.
+IDEMPOTENT_ATTEMPTS: Final = 3
+#: A task that killed this many workers is quarantined.
+QUARANTINE_AFTER: Final = 3
+
+CpuPolicy = Literal["report", "throttle"]
+StartMethod = Literal["fork", "spawn"]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise SettingsError(message)
+
+
+def _positive(name: str, value: float | None, *, zero: bool = False) -> None:
+    if value is None:
+        return
+    _check(
+        not isinstance(value, bool) and isinstance(value, (int, float)) and (value >= 0 if zero else value > 0),
+        f"{name} must be {'zero or more' if zero else 'greater than 0'}, got {value!r}",
+    )
+    _check(value < math.inf, f"{name} must be finite, got {value!r}; for no limit, say None where that is allowed")
+
+
+def _whole(name: str, value: int | None, *, least: int) -> None:
+    if value is None:
+        return
+    _check(isinstance(value, int) and not isinstance(value, bool), f"{name} must be a whole number, got {value!r}")
+    _check(value >= least, f"{name} must be at least {least}, got {value}" if least != 1
+           else f"{name} must be greater than 0, got {value}")
+
+
+def _hard_above_soft(hard_mb: float | None, soft_mb: float | None) -> None:
+    _check(
+        hard_mb is None or soft_mb is None or hard_mb >= soft_mb,
+        f"hard_memory_limit_mb ({hard_mb}) is below memory_limit_mb ({soft_mb}): every task would be stopped before "
+        "its worker could be recycled; raise the hard limit or lower memory_limit_mb",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerSettings:
+    """The circuit breaker in front of the spawn path.
+
+    `failure_threshold` failed starts within `window_seconds` open it. After `open_seconds` it lets one probe start
+    (half-open); each failed probe doubles the wait, up to `max_open_seconds`.
+    """
+
+    failure_threshold: int = 5
+    window_seconds: float = 60.0
+    open_seconds: float = 30.0
+    max_open_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        _whole("failure_threshold", self.failure_threshold, least=1)
+        _positive("window_seconds", self.window_seconds)
+        _positive("open_seconds", self.open_seconds)
+        _positive("max_open_seconds", self.max_open_seconds)
+        _check(
+            self.max_open_seconds >= self.open_seconds,
+            f"max_open_seconds ({self.max_open_seconds}) must not be below open_seconds ({self.open_seconds})",
+        )
+
+
+class PoolOptions(TypedDict, total=False):
+    """The keyword settings of `AgentPool`; see `PoolSettings` for meaning, units and defaults."""
+
+    max_concurrent: int | None
+    min_workers: int
+    max_pending: int | None
+    memory_limit_mb: float | None
+    memory_growth_mb: float | None
+    hard_memory_limit_mb: float | None
+    idle_timeout: float | None
+    cleanup_interval: float
+    alert_memory_mb: float | None
+    critical_memory_mb: float | None
+    cpu_threshold_percent: float
+    cpu_policy: CpuPolicy
+    min_available_mb: float | None
+    pressure_threshold: float
+    task_timeout: float | None
+    queue_timeout: float | None
+    retry: RetryLike
+    start_timeout: float
+    kill_grace: float
+    preload: tuple[str, ...]
+    breaker: BreakerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """What one pool promises. Every field is a keyword of `AgentPool`.
+
+    max_workers: pooled worker processes at most.
+    max_concurrent: tasks that run at once: 2, or `max_workers` where that alone is given to `AgentPool`.
+    min_workers: idle workers are kept down to this number, and started ahead of work.
+    max_pending: queue bound; None: none.
+    memory_limit_mb: a worker whose tree's RSS is above this after a task is recycled; None: never.
+    memory_growth_mb: the same, counted from the fresh worker's baseline.
+    hard_memory_limit_mb: a running task whose worker tree passes this is stopped with `MemoryLimitError`.
+    idle_timeout: seconds after which an idle worker is recycled; None: never.
+    cleanup_interval: seconds between full sweeps at the slowest.
+    max_tasks_per_child: recycle a worker after this many tasks.
+    alert_memory_mb, critical_memory_mb: thresholds for all workers' trees together; None: 1.25 and 2 times
+        `max_workers` x `memory_limit_mb`, moved where the other one was given and is in the way. Above a critical
+        value that you set, the biggest running task is stopped; above a derived one only when the host is short too.
+    cpu_threshold_percent: host CPU above this, sustained, degrades the pool.
+    cpu_policy: "report", or "throttle" to start no worker while others than this pool use the CPU.
+    min_available_mb: below this much available memory the breaker opens; None: 5 % of the host's or container's.
+    pressure_threshold: memory pressure (PSI some avg10, percent) above this counts as too little memory.
+    task_timeout: seconds a task may run; queue_timeout: seconds it may wait.
+    retry: see `agentpool.core.retry.compile_policy`.
+    start_timeout: seconds from fork to ready, preload and initializer included.
+    kill_grace: seconds between asking a task to stop and killing its worker.
+    preload: modules that the keeper imports once, before it forks workers.
+    breaker: see `BreakerSettings`.
+    start_method: "fork" (by the keeper) or "spawn" (a fresh interpreter per worker, started by the keeper).
+    """
+
+    max_workers: int = DEFAULT_MAX_WORKERS
+    max_concurrent: int | None = 2
+    min_workers: int = 0
+    max_pending: int | None = None
+    memory_limit_mb: float | None = DEFAULT_MEMORY_LIMIT_MB
+    memory_growth_mb: float | None = None
+    hard_memory_limit_mb: float | None = None
+    idle_timeout: float | None = 300.0
+    cleanup_interval: float = 60.0
+    max_tasks_per_child: int | None = None
+    alert_memory_mb: float | None = None
+    critical_memory_mb: float | None = None
+    cpu_threshold_percent: float = 80.0
+    cpu_policy: CpuPolicy = "report"
+    min_available_mb: float | None = None
+    pressure_threshold: float = 60.0
+    task_timeout: float | None = None
+    queue_timeout: float | None = None
+    retry: RetryLike = None
+    start_timeout: float = 60.0
+    kill_grace: float = 2.0
+    preload: tuple[str, ...] = ()
+    breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    start_method: StartMethod = "fork"
+
+    def __post_init__(self) -> None:
+        _whole("max_workers", self.max_workers, least=1)
+        _whole("max_concurrent", self.max_concurrent, least=1)
+        _whole("min_workers", self.min_workers, least=0)
+        _whole("max_pending", self.max_pending, least=1)
+        _whole("max_tasks_per_child", self.max_tasks_per_child, least=1)
+        for name in ("memory_limit_mb", "memory_growth_mb", "hard_memory_limit_mb", "idle_timeout", "cleanup_interval",
+                     "alert_memory_mb", "critical_memory_mb", "cpu_threshold_percent", "pressure_threshold",
+                     "task_timeout", "queue_timeout", "start_timeout"):
+            _positive(name, getattr(self, name))
+        _positive("min_available_mb", self.min_available_mb, zero=True)
+        _positive("kill_grace", self.kill_grace, zero=True)
+        _check(self.cpu_policy in ("report", "throttle"),
+               f"cpu_policy must be 'report' or 'throttle', got {self.cpu_policy!r}")
+        _check(self.start_method in ("fork", "spawn"),
+               f"start_method must be 'fork' or 'spawn', got {self.start_method!r}")
+        _check(isinstance(self.preload, tuple) and all(isinstance(name, str) for name in self.preload),
+               f"preload must be a sequence of module names, got {self.preload!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        _check(self.min_workers <= self.max_workers,
+               f"min_workers ({self.min_workers}) is above max_workers ({self.max_workers}): lower it, or raise that")
+        _check(self.max_concurrent is None or self.max_concurrent <= self.max_workers,
+               f"max_concurrent ({self.max_concurrent}) is above max_workers ({self.max_workers}): a task needs a "
+               "worker of its own; raise max_workers or lower max_concurrent")
+        _hard_above_soft(self.hard_memory_limit_mb, self.memory_limit_mb)
+        alert, critical = self.alert_memory_mb, self.critical_memory_mb
+        _check(alert is None or critical is None or alert <= critical,
+               f"alert_memory_mb ({alert}) is above critical_memory_mb ({critical}); an alert comes first: lower it, "
+               "or raise the other")
+
+    @property
+    def concurrency(self) -> int:
+        """Tasks that run at once."""
+        return self.max_workers if self.max_concurrent is None else self.max_concurrent
+
+    @property
+    def alert_bytes(self) -> int | None:
+        """Pool memory above which the pool is degraded; None: no limit is set to derive it from."""
+        if self.alert_memory_mb is not None:
+            return int(self.alert_memory_mb * MB)
+        derived, critical = self._derived(1.25), self.critical_memory_mb
+        return derived if derived is None or critical is None else min(derived, int(critical * MB))
+
+    @property
+    def critical_bytes(self) -> int | None:
+        """Pool memory above which the breaker opens; None: no limit is set to derive it from."""
+        if self.critical_memory_mb is not None:
+            return int(self.critical_memory_mb * MB)
+        derived, alert = self._derived(2.0), self.alert_memory_mb
+        return derived if derived is None or alert is None else max(derived, int(alert * MB))
+
+    def _derived(self, factor: float) -> int | None:
+        return None if self.memory_limit_mb is None else int(factor * self.max_workers * self.memory_limit_mb * MB)
+
+    @classmethod
+    def make(cls, max_workers: int | None = None, **given: Any) -> PoolSettings:
+        """Settings from keywords as `AgentPool` takes them.
+
+        A default gives way to what was given: `max_concurrent` follows `max_workers` where that alone is given,
+        `max_workers` follows a greater `max_concurrent` or `min_workers`, `memory_limit_mb` a lower
+        `hard_memory_limit_mb`. Raises SettingsError for an unknown name.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(given) - known):
+            raise SettingsError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if given.get("max_concurrent", 0) is None:
+            del given["max_concurrent"]
+        if max_workers is not None:
+            given["max_workers"] = max_workers
+            given.setdefault("max_concurrent", None)
+        else:
+            asked = [given[name] for name in ("max_concurrent", "min_workers") if isinstance(given.get(name), int)]
+            given["max_workers"] = max([DEFAULT_MAX_WORKERS, *asked])
+        hard_mb = given.get("hard_memory_limit_mb")
+        if isinstance(hard_mb, (int, float)) and 0 < hard_mb < DEFAULT_MEMORY_LIMIT_MB:
+            given.setdefault("memory_limit_mb", hard_mb)
+        if isinstance(given.get("preload"), (list, set, frozenset)):
+            given["preload"] = tuple(given["preload"])
+        return cls(**given)
+
+
+class TaskOptionsDict(TypedDict, total=False):
+    """The keywords of `pool.options(...)`; see `TaskOptions`."""
+
+    timeout: float | None
+    queue_timeout: float | None
+    retry: RetryLike
+    priority: int
+    key: str | None
+    memory_limit_mb: float | None
+    hard_memory_limit_mb: float | None
+    name: str | None
+    block: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskOptions:
+    """What one task asks for. None means: as the pool says.
+
+    timeout: seconds it may run. queue_timeout: seconds it may wait in the queue, retries' waits not counted.
+    retry: attempts for a lost worker (a whole number), or a tenacity policy.
+    priority: higher goes first; 0 by default; equal ones in order of submission.
+    key: tasks with the same key prefer the worker that ran the last one.
+    memory_limit_mb, hard_memory_limit_mb: as in `PoolSettings`, for this task.
+    name: shown in reports. block: whether `submit` waits for room where `max_pending` is set.
+    """
+
+    timeout: float | None = None
+    queue_timeout: float | None = None
+    retry: RetryLike = None
+    priority: int = 0
+    key: str | None = None
+    memory_limit_mb: float | None = None
+    hard_memory_limit_mb: float | None = None
+    name: str | None = None
+    block: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "queue_timeout", "memory_limit_mb", "hard_memory_limit_mb"):
+            _positive(name, getattr(self, name))
+        _hard_above_soft(self.hard_memory_limit_mb, self.memory_limit_mb)
+        _check(isinstance(self.priority, int) and not isinstance(self.priority, bool),
+               f"priority must be a whole number, got {self.priority!r}")
+        _check(self.key is None or isinstance(self.key, str), f"key must be a string, got {self.key!r}")
+
+    def updated(self, given: Mapping[str, Any]) -> TaskOptions:
+        """These options with some replaced. Raises SettingsError for an unknown name."""
+        known = {f.name for f in fields(self)}
+        if unknown := sorted(set(given) - known):
+            raise SettingsError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return replace(self, **given)
