@@ -1,0 +1,273 @@
+"""The keeper: the process that forks workers, sees each of them die, and leaves nothing behind.
+
+Started once per pool, as `python -m agentpool_worker.keeper SOCKET`. Single-threaded, so that forking it is safe; a
+child subreaper, so that whatever a dead worker leaves behind becomes the keeper's child, and is killed. It ends, with
+everything below it, when the parent does. It decides nothing: it forks when told to, and reports deaths.
+"""
+
+from __future__ import annotations
+
+import gc
+import marshal
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from typing import Any, Final
+
+#: Descriptors of a worker, in the order in which they are sent: calls, results, control, standard error, page.
+WORKER_FDS: Final = 5
+#: Messages stay below the kernel's limit for one datagram.
+MAX_MESSAGE: Final = 128 * 1024
+#: A worker's descriptors are moved out of the way of code that counts on low numbers.
+_FD_BASE: Final = 200
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+def _prctl(option: int, value: int) -> None:
+    """prctl(2) where there is one; elsewhere nothing, and the docs say what is missing then."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "prctl")
+
+
+class ParentGone(Exception):
+    """Nobody is left to keep workers for."""
+
+
+class Keeper:
+    """The keeper's state: its socket to the parent, and its workers."""
+
+    def __init__(self, parent: socket.socket, parent_pid: int) -> None:
+        self._parent = parent
+        self._parent_pid = parent_pid
+        self._pid = os.getpid()
+        self._setup: dict[str, Any] = {}
+        self._preload_failure = ""
+        self._workers: dict[int, int] = {}  # pid -> worker id
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self) -> None:
+        """Serve until the parent is gone or says stop; returns only in a forked child, as the worker's main."""
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        poll = select.poll()
+        poll.register(self._parent, select.POLLIN)
+        poll.register(self._wake_read, select.POLLIN)
+        try:
+            if os.getppid() != self._parent_pid:
+                raise ParentGone
+            while True:
+                for descriptor, _ in poll.poll():
+                    if descriptor == self._wake_read:
+                        os.read(self._wake_read, 4096)
+                        self._reap()
+                    else:
+                        self._receive()
+        except ParentGone:
+            self._end()
+
+    def _on_term(self, *_: object) -> None:
+        raise ParentGone
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        space = socket.CMSG_SPACE(WORKER_FDS * 4)
+        data, ancillary, _, _ = self._parent.recvmsg(MAX_MESSAGE, space, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        if not data:
+            raise ParentGone
+        descriptors: list[int] = []
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors += [int.from_bytes(payload[i : i + 4], sys.byteorder) for i in range(0, len(payload), 4)]
+        message = marshal.loads(data)
+        if message[0] == "spawn":
+            self._spawn(message[1], descriptors)
+        elif message[0] == "setup":
+            self._set_up(message[1])
+        else:
+            raise ParentGone
+
+    def _set_up(self, setup: dict[str, Any]) -> None:
+        is_first = not self._setup
+        self._setup = setup
+        sys.path[:] = setup["path"]
+        sys.argv[:] = setup["argv"]
+        if not is_first or setup["method"] == "spawn":
+            return
+        try:
+            import multiprocessing.process
+
+            import cloudpickle  # noqa: F401  # so that workers share its pages
+
+            # Proxies of the parent's multiprocessing managers, as arguments, authenticate with the parent's key.
+            multiprocessing.process.current_process().authkey = setup["authkey"]
+
+            import agentpool_worker.main  # noqa: F401
+
+            for name in setup["preload"]:
+                __import__(name)
+        except BaseException:
+            self._preload_failure = f"a module to preload cannot be imported:\n{traceback.format_exc()}"
+        gc.collect()
+        gc.freeze()  # a collection in a child would write to, and so copy, every shared page
+
+    def _tell(self, message: tuple[str, int, int | str], descriptor: int | None = None) -> None:
+        data = marshal.dumps(message)
+        try:
+            if descriptor is None:
+                self._parent.send(data)
+            else:
+                socket.send_fds(self._parent, [data], [descriptor])
+        except (BrokenPipeError, ConnectionResetError):
+            raise ParentGone from None
+
+    # -- workers -------------------------------------------------------------------------------------------------
+
+    def _spawn(self, worker_id: int, descriptors: list[int]) -> None:
+        if self._preload_failure:
+            self._tell(("failed", worker_id, self._preload_failure))
+        else:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                self._tell(("failed", worker_id, f"fork failed: {error}"))
+            else:
+                if pid == 0:
+                    self._become_worker(worker_id, descriptors)
+                self._workers[pid] = worker_id
+                # We have not waited for it, so that the pid is still its own.
+                pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+                self._tell(("spawned", worker_id, pid), pidfd)
+                if pidfd is not None:
+                    os.close(pidfd)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _become_worker(self, worker_id: int, descriptors: list[int]) -> None:
+        """In the forked child. Never returns."""
+        try:
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+            if os.getppid() != self._pid:
+                os._exit(1)  # the keeper died before its death could have been signalled
+            os.setsid()
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            calls, results, control, stderr, page = self._arrange(descriptors)
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.environ["AGENTPOOL_WORKER"] = str(worker_id)
+            if self._setup["method"] == "spawn":
+                self._exec(worker_id, calls, results, control, page)
+            _reseed()
+            from agentpool_worker import main
+
+            main.serve(worker_id, calls, results, control, page)
+            main.finish()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
+
+    def _arrange(self, descriptors: list[int]) -> list[int]:
+        """Keep nothing of the keeper's; have the worker's descriptors at high numbers."""
+        import fcntl
+
+        self._parent.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        moved = []
+        for descriptor in descriptors:
+            moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FD_BASE))
+            os.close(descriptor)
+        return moved
+
+    def _exec(self, worker_id: int, *descriptors: int) -> None:
+        """A fresh interpreter. What it must know beside its descriptors goes through the page, as argv has limits."""
+        from agentpool_worker.protocol import REPORT
+
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, True)
+        os.pwrite(descriptors[-1], marshal.dumps(self._setup), REPORT)
+        options = sys.orig_argv[1 : sys.orig_argv.index("-c")]  # those that the parent's interpreter runs with
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        program = f"import sys; sys.path.insert(0, {root!r}); from agentpool_worker import main; main.main(sys.argv)"
+        words = [sys.executable, *options, "-c", program, str(worker_id), *map(str, descriptors)]
+        os.execv(sys.executable, words)
+
+    # -- deaths --------------------------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        """Take note of every child that died; kill what dead workers left behind."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                break
+            worker_id = self._workers.pop(pid, None)
+            if worker_id is not None:
+                self._tell(("exited", worker_id, os.waitstatus_to_exitcode(status)))
+        for pid in _children():
+            if pid not in self._workers:
+                # Our child, and not waited for: the pid cannot be anybody else's.
+                os.kill(pid, signal.SIGKILL)
+
+    def _end(self) -> None:
+        """Kill everything below, and end. Each killed process hands us its own children, until there are none."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        pids = set(self._workers)
+        while True:
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            try:
+                pid, _ = os.waitpid(-1, 0)
+            except ChildProcessError:
+                os._exit(0)
+            self._workers.pop(pid, None)
+            pids = set(_children()) | set(self._workers)
+
+
+def _children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:  # no procfs: only the workers themselves are known
+        return []
+
+
+def _reseed() -> None:
+    """Forked workers would all draw the same numbers. (`random` sees to itself.)"""
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def main(argv: list[str]) -> None:
+    """`python -m agentpool_worker.keeper SOCKET PARENT_PID`"""
+    parent = socket.socket(fileno=int(argv[1]))
+    parent.set_inheritable(False)
+    Keeper(parent, int(argv[2])).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,370 @@
+"""The worker's loop: read a call, run it, send what came of it.
+
+The main thread reads calls and runs them. A second thread, asleep on the control pipe, passes on the wish to stop a
+task, and ends the process at once when the parent is gone. It knows nothing of pools, limits or retries: it does what
+frames say. `Worker` talks to a `Link`, so that tests drive it without a process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from types import CoroutineType
+from typing import Any, Final, Protocol
+
+from agentpool_worker import context, protocol
+from agentpool_worker.protocol import (
+    BEGAN,
+    OUTBOX,
+    OUTBOX_DATA,
+    OUTBOX_HEADER,
+    PAGE_SIZE,
+    REVOKED,
+    Frame,
+    FrameReader,
+    encode,
+)
+
+#: A result waits in the outbox for company at most this long, in seconds, and never past the end of what was read.
+HOLD_SECONDS: Final = 0.0002
+#: Memory is measured after a task no more often than this, in seconds: it costs as much as a short task.
+MEASURE_EVERY: Final = 0.001
+_PAGE_KIB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+class Link(Protocol):
+    """What a worker needs of the outside."""
+
+    def read_calls(self, reader: FrameReader) -> int:
+        """Block for bytes of calls; 0: no more will come."""
+
+    def write(self, parts: list[bytes | memoryview]) -> None:
+        """Write all of it to the parent, blocking."""
+
+
+class PipeLink:
+    """The real link: two pipe ends. `write` may be called by both threads; frames never interleave."""
+
+    def __init__(self, calls: int, results: int) -> None:
+        self._calls = calls
+        self._results = results
+        self._lock = threading.Lock()
+
+    def read_calls(self, reader: FrameReader) -> int:
+        return reader.read_from(self._calls)
+
+    def write(self, parts: list[bytes | memoryview]) -> None:
+        with self._lock:
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[os.write(self._results, view) :]
+
+
+def _agents_set_up() -> int:
+    """How many agents this worker has set up and keeps; their memory belongs to its baseline."""
+    base = sys.modules.get("agentpool_worker.agents.base")
+    return 0 if base is None else len(base._instances)
+
+
+def _rss_kib() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * _PAGE_KIB
+    except OSError:  # no procfs: the parent measures from outside
+        return 0
+
+
+class Worker:
+    """One worker, from its first frame to its last."""
+
+    def __init__(self, worker_id: int, link: Link, page: Any) -> None:
+        self.worker_id = worker_id
+        self._link = link
+        self._page = page
+        self._reader = FrameReader()
+        self._generation = 0
+        self._held = 0
+        self._held_since = 0.0
+        self._measured_at = 0.0
+        self._max_kib = 0
+        self._interruptible = 0  # id of the task whose code runs now; 0: none
+        self._stop_wanted = 0  # id of the task that is to stop
+        self._cancelled = threading.Event()
+        # An uncontended lock is a full memory barrier on every platform that CPython supports, see _began().
+        self._barrier = threading.Lock()
+
+    # -- the main thread -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the parent closes the pipe of calls."""
+        import resource
+
+        self._getrusage = resource.getrusage
+        self._max_kib = self._getrusage(resource.RUSAGE_SELF).ru_maxrss
+        while True:
+            for frame in self._reader.frames():
+                if frame.kind == protocol.CALL:
+                    self._serve(frame)
+                elif frame.kind == protocol.INIT:
+                    if not self._initialize(frame):
+                        return
+                    self._link.write(encode(protocol.READY, os.getpid(), x=_rss_kib()))
+                elif frame.kind == protocol.COLLECT:
+                    gc.collect()
+                    self._link.write(encode(protocol.COLLECTED, x=_rss_kib()))
+            self._flush()
+            if not self._link.read_calls(self._reader):
+                return
+
+    def _initialize(self, frame: Frame) -> bool:
+        """Run the initializer, if there is one. False: it raised, and the pool is told."""
+        try:
+            initializer, initargs = protocol.loads(frame.payload, buffers=frame.buffers)
+            if initializer is not None:
+                initializer(*initargs)
+        except BaseException as error:
+            _flush_streams()
+            payload, buffers = _describe(error, skip=1)
+            self._link.write(encode(protocol.INIT_FAILED, 0, payload, buffers))
+            return False
+        return True
+
+    def _began(self, slot: int) -> bool:
+        """Note in the page that the call begins. False: the parent revoked it first.
+
+        Dekker's protocol with the parent's `revoke`: each side writes its own byte, passes a barrier and reads the
+        other's. At least one sees the other; where both do, the call counts as not begun, and the parent is told.
+        """
+        page = self._page
+        page[BEGAN + slot] = 1
+        self._barrier.acquire()
+        self._barrier.release()
+        if page[REVOKED + slot]:
+            page[BEGAN + slot] = 0
+            return False
+        return True
+
+    def _serve(self, frame: Frame) -> None:
+        slot, task_id = frame.x, frame.task_id
+        if not self._began(slot):
+            self._send(encode(protocol.SKIPPED, task_id, x=slot), time.monotonic())
+            return
+        if self._cancelled.is_set() and self._stop_wanted != task_id:
+            self._cancelled.clear()  # it was meant for a task that had ended
+        agents = _agents_set_up()
+        started = time.monotonic()
+        try:
+            kind, payload, buffers = self._attempt(frame)
+        except context.TaskCancelled as error:  # it came between the end of the task's own error and its handler
+            kind, (payload, buffers) = protocol.ERROR, _describe(error)
+        context._enter(None)
+        if _agents_set_up() != agents:
+            self._send(encode(protocol.AGENT_SET_UP, task_id, x=_rss_kib()), started)
+        ended = time.monotonic()
+        rss = peak = 0
+        if ended - self._measured_at > MEASURE_EVERY:
+            self._measured_at = ended
+            rss, peak = self._measure()
+        micros = min(int((ended - started) * 1e6), 0xFFFFFFFF)
+        if kind != protocol.VALUE or micros > 1000:
+            _flush_streams()
+        self._send(encode(kind, task_id, payload, buffers, x=micros, y=rss, z=peak), ended)
+
+    def _attempt(self, frame: Frame) -> tuple[int, bytes, list[memoryview]]:
+        """Unpickle, run and pickle: all of it is the user's code, and all of it can be interrupted."""
+        stage = protocol.CALL_FAILED
+        try:
+            context._enter(context.TaskContext(frame.task_id, self.worker_id, self._cancelled))
+            self._interruptible = frame.task_id
+            if self._stop_wanted == frame.task_id:
+                raise context.TaskCancelled("asked to stop before it began")
+            function, args, kwargs = protocol.loads(frame.payload, buffers=frame.buffers)
+            stage = protocol.ERROR
+            value = function(*args, **kwargs)
+            if type(value) is CoroutineType:
+                import asyncio
+
+                value = asyncio.run(value)
+            stage = protocol.RESULT_FAILED
+            payload, buffers = protocol.dumps(value)
+            self._interruptible = 0
+            return protocol.VALUE, payload, buffers
+        except BaseException as error:
+            self._interruptible = 0
+            where = ""
+            if isinstance(error, context.TaskCancelled):
+                stage = protocol.ERROR
+            elif stage == protocol.RESULT_FAILED:
+                from agentpool_worker import unpicklable
+
+                where = unpicklable.find(value, "result", protocol.dumps)
+            payload, buffers = _describe(error, skip=1, where=where)
+            return stage, payload, buffers
+
+    def _measure(self) -> tuple[int, int]:
+        """RSS now and, where this task raised it, the peak RSS, in KiB."""
+        maximum = self._getrusage(0).ru_maxrss
+        peak = 0
+        if maximum > self._max_kib:
+            peak = self._max_kib = maximum
+        return _rss_kib(), peak
+
+    # -- the outbox ----------------------------------------------------------------------------------------------
+
+    def _send(self, parts: list[bytes | memoryview], now: float) -> None:
+        """Send a frame, or hold it for company: never so long that anybody would notice, and never to be lost."""
+        first = parts[0]
+        if len(parts) > 1 or self._held + len(first) > PAGE_SIZE - OUTBOX_DATA:
+            self._flush()
+            self._link.write(parts)
+            return
+        start = OUTBOX_DATA + self._held
+        self._page[start : start + len(first)] = first
+        if not self._held:
+            self._held_since = now
+        self._held += len(first)
+        OUTBOX_HEADER.pack_into(self._page, OUTBOX, self._generation, self._held)
+        if now - self._held_since > HOLD_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            self._link.write([bytes(self._page[OUTBOX_DATA : OUTBOX_DATA + self._held])])
+            self._generation = self._generation + 1 & 0xFFFFFFFF
+            self._held = 0
+            OUTBOX_HEADER.pack_into(self._page, OUTBOX, self._generation, 0)
+
+    # -- stopping ------------------------------------------------------------------------------------------------
+
+    def on_stop_signal(self, signum: int, stack_frame: object) -> None:
+        """In the main thread: raise in the task that is to stop, once, and never outside of its code."""
+        if self._interruptible and self._interruptible == self._stop_wanted:
+            self._interruptible = 0
+            raise context.TaskCancelled("the pool asked this task to stop")
+
+    def request_stop(self, task_id: int) -> None:
+        """In the control thread: note the wish, and tell the parent that this process can react."""
+        self._stop_wanted = task_id
+        self._cancelled.set()
+        self._link.write(encode(protocol.STOPPING, task_id))
+
+
+def _describe(error: BaseException, skip: int = 0, where: str = "") -> tuple[bytes, list[memoryview]]:
+    """An error as (pickled exception or None, class name, text, traceback, why not pickled, where in the result).
+
+    The parent can always rebuild the texts. `skip` leaves out the worker's own frames.
+    """
+    trace = error.__traceback__
+    for _ in range(skip):
+        trace = trace.tb_next if trace is not None and trace.tb_next is not None else trace
+    try:
+        text = "".join(traceback.format_exception(type(error), error, trace))
+    except Exception as failure:  # a user's __str__ may raise
+        text = f"{type(error).__qualname__} (its traceback cannot be formatted: {type(failure).__name__})\n"
+    try:
+        message = str(error)
+    except Exception as failure:
+        message = f"(its message cannot be made: {type(failure).__name__})"
+    pickled, why = _pickle_error(error)
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    return protocol.dumps((pickled, name, message, text, why, where))
+
+
+def _pickle_error(error: BaseException) -> tuple[bytes | None, str]:
+    """The exception's pickle, tried out: one whose constructor cannot be replayed would fail only in the parent."""
+    trace, cause, about = error.__traceback__, error.__cause__, error.__context__
+    try:
+        import cloudpickle
+
+        pickled = cloudpickle.dumps(error)
+        protocol.loads(pickled)
+        return pickled, ""
+    except BaseException as failure:
+        return None, f"{type(failure).__name__}: {failure}"
+    finally:
+        error.__traceback__, error.__cause__, error.__context__ = trace, cause, about
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):  # the task closed it: its own affair
+            continue
+
+
+def _control_loop(worker: Worker, control: int, report: int, main_thread: int) -> None:
+    """The second thread: sleeps until the parent wants something. End of file means that the parent is gone."""
+    import faulthandler
+
+    reader = FrameReader()
+    while reader.read_from(control):
+        for frame in reader.frames():
+            if frame.kind == protocol.STOP:
+                if frame.flags:
+                    faulthandler.dump_traceback(report, all_threads=True)
+                worker.request_stop(frame.task_id)
+                signal.pthread_kill(main_thread, signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def serve(worker_id: int, calls: int, results: int, control: int, report: int) -> None:
+    """Be a worker on these descriptors; returns when the parent closed the pipe of calls.
+
+    `report` is the file behind the page. Must be called by the main thread of a process of its own.
+    """
+    import faulthandler
+    import mmap
+
+    page = mmap.mmap(report, PAGE_SIZE)
+    os.lseek(report, protocol.REPORT, os.SEEK_SET)
+    faulthandler.enable(report, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, report, all_threads=True, chain=False)
+    worker = Worker(worker_id, PipeLink(calls, results), page)
+    signal.signal(signal.SIGINT, worker.on_stop_signal)
+    threading.Thread(
+        target=_control_loop,
+        args=(worker, control, report, threading.get_ident()),
+        name="agentpool-control",
+        daemon=True,
+    ).start()
+    worker.run()
+
+
+def finish() -> None:
+    """End the process as a worker should: agents closed, exit handlers run, nothing of the parent's flushed twice."""
+    import atexit
+
+    base = sys.modules.get("agentpool_worker.agents.base")
+    if base is not None:
+        base.close_all()
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util._exit_function()
+    atexit._run_exitfuncs()
+    _flush_streams()
+    os._exit(0)
+
+
+def main(argv: list[str]) -> None:
+    """A worker in a fresh interpreter; the words are its id and its descriptors: calls, results, control, page."""
+    import marshal
+    import multiprocessing.process
+
+    worker_id, calls, results, control, report = (int(word) for word in argv[1:6])
+    setup = marshal.loads(os.pread(report, protocol.PAGE_SIZE, protocol.REPORT))
+    os.ftruncate(report, protocol.REPORT)
+    sys.path[:] = setup["path"]
+    sys.argv[:] = setup["argv"]
+    multiprocessing.process.current_process().authkey = setup["authkey"]
+    for name in setup["preload"]:
+        __import__(name)
+    serve(worker_id, calls, results, control, report)
+    finish()

@@ -1,0 +1,249 @@
+"""The wire format between the parent and its workers, and between the parent and its keeper: what both sides import.
+
+A frame is a header of 36 bytes, a table of buffer sizes, a pickle, and the buffers that the pickle left out of band
+(pickle protocol 5). Several frames may travel in one write. Only bytes from a pipe that this parent made for a worker
+that it started are ever unpickled. Standard library and cloudpickle; any thread may call it, one per reader.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from struct import Struct
+from typing import Any, Final, NamedTuple
+
+MAGIC: Final = 0xA6E7
+#: magic, kind, flags, buffers, task id, bytes after the header, x, y, z
+HEADER: Final = Struct("<HBBIQQIII")
+_SIZE: Final = Struct("<Q")
+
+#: A frame that claims to be longer than this is no frame (1 TiB: more than any machine of today can hold).
+MAX_FRAME: Final = 1 << 40
+MAX_BUFFERS: Final = 1 << 20
+#: Frames above this are read straight into memory of their own.
+LARGE: Final = 256 * 1024
+#: Buffers below this are cheaper inside the pickle.
+OUT_OF_BAND: Final = 64 * 1024
+_READ: Final = 256 * 1024
+
+# Parent to worker, on the pipe of calls. INIT comes first where there is an initializer. x of CALL: its slot.
+CALL: Final = 1
+INIT: Final = 2
+COLLECT: Final = 3
+# Parent to worker, on the control pipe. Flag 1 of STOP: note the stack first.
+STOP: Final = 8
+# Worker to parent. x, y, z of VALUE and of the errors: run time in microseconds, RSS and peak RSS in KiB (0: not read).
+READY: Final = 16
+VALUE: Final = 17
+ERROR: Final = 18
+CALL_FAILED: Final = 19
+RESULT_FAILED: Final = 20
+SKIPPED: Final = 21
+COLLECTED: Final = 22
+STOPPING: Final = 23
+INIT_FAILED: Final = 24
+AGENT_SET_UP: Final = 25
+
+_KINDS: Final = frozenset({CALL, INIT, COLLECT, STOP, *range(READY, AGENT_SET_UP + 1)})
+
+# The page: memory shared by the parent and one worker. A byte per slot says that a call began or is revoked; the
+# outbox holds results that are not yet written to the pipe, so that a worker that dies takes none with it; behind it,
+# the interpreter's fault reports are written.
+SLOTS: Final = 2048
+BEGAN: Final = 0
+REVOKED: Final = SLOTS
+OUTBOX: Final = 2 * SLOTS
+OUTBOX_DATA: Final = OUTBOX + 8
+PAGE_SIZE: Final = 64 * 1024
+OUTBOX_HEADER: Final = Struct("<II")  # generation, length
+REPORT: Final = PAGE_SIZE
+
+
+class ProtocolError(Exception):
+    """The bytes are no frame: the other side is broken, or somebody wrote into its descriptors."""
+
+
+class Frame(NamedTuple):
+    """One message. `payload` and `buffers` are views or copies that stay valid."""
+
+    kind: int
+    flags: int
+    task_id: int
+    x: int
+    y: int
+    z: int
+    payload: bytes | bytearray | memoryview
+    buffers: Sequence[memoryview]
+
+
+def encode(
+    kind: int,
+    task_id: int = 0,
+    payload: bytes = b"",
+    buffers: Sequence[memoryview] = (),
+    *,
+    flags: int = 0,
+    x: int = 0,
+    y: int = 0,
+    z: int = 0,
+) -> list[bytes | memoryview]:
+    """The frame as parts to write one after the other."""
+    if not buffers:
+        return [HEADER.pack(MAGIC, kind, flags, 0, task_id, len(payload), x, y, z) + payload]
+    sizes = [buffer.nbytes for buffer in buffers]
+    length = len(payload) + sum(sizes) + _SIZE.size * len(sizes)
+    head = HEADER.pack(MAGIC, kind, flags, len(sizes), task_id, length, x, y, z)
+    return [head + b"".join(map(_SIZE.pack, sizes)) + payload, *buffers]
+
+
+def _split(header: tuple[int, ...], body: bytes | bytearray) -> Frame:
+    _, kind, flags, count, task_id, _, x, y, z = header
+    if not count:
+        return Frame(kind, flags, task_id, x, y, z, body, ())
+    view = memoryview(body)
+    sizes = [_SIZE.unpack_from(view, index * _SIZE.size)[0] for index in range(count)]
+    position = count * _SIZE.size
+    payload_length = len(view) - position - sum(sizes)
+    if payload_length < 0:
+        raise ProtocolError("the buffers of a frame are longer than the frame")
+    payload = view[position : position + payload_length]
+    position += payload_length
+    buffers = []
+    for size in sizes:
+        buffers.append(view[position : position + size])
+        position += size
+    return Frame(kind, flags, task_id, x, y, z, payload, buffers)
+
+
+class FrameReader:
+    """Puts frames together from what a descriptor yields, however it is cut."""
+
+    __slots__ = ("_body", "_filled", "_header", "_pending")
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+        # A large frame in the making: its header, its body, and how much of that is there.
+        self._header: tuple[int, ...] | None = None
+        self._body = bytearray()
+        self._filled = 0
+
+    @property
+    def is_between_frames(self) -> bool:
+        """False: a frame has begun and is not whole."""
+        return self._header is None and not self._pending
+
+    def read_from(self, descriptor: int) -> int:
+        """One read; returns the number of bytes, 0 at end of file. Raises BlockingIOError where there is nothing."""
+        if self._header is not None:
+            count = os.readv(descriptor, [memoryview(self._body)[self._filled :]])
+            self._filled += count
+            return count
+        data = os.read(descriptor, _READ)
+        self._pending += data
+        return len(data)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Bytes that came some other way."""
+        if self._header is not None:
+            missing = len(self._body) - self._filled
+            self._body[self._filled : self._filled + len(data[:missing])] = data[:missing]
+            self._filled += len(data[:missing])
+            data = data[missing:]
+        self._pending += data
+
+    def frames(self) -> Iterator[Frame]:
+        """The frames that are whole. Raises ProtocolError."""
+        if self._header is not None:
+            if self._filled < len(self._body):
+                return
+            header, body = self._header, self._body
+            self._header, self._body, self._filled = None, bytearray(), 0
+            yield _split(header, body)
+        pending = self._pending
+        position, end = 0, len(pending)
+        try:
+            while end - position >= HEADER.size:
+                header = HEADER.unpack_from(pending, position)
+                length = header[5]
+                if header[0] != MAGIC or header[1] not in _KINDS or length > MAX_FRAME or header[3] > MAX_BUFFERS:
+                    raise ProtocolError(
+                        f"not a frame: magic {header[0]:#x}, kind {header[1]}, {header[3]} buffers, {length} bytes"
+                    )
+                start = position + HEADER.size
+                if end - start < length:
+                    if length > LARGE:
+                        self._header, self._body, self._filled = header, bytearray(length), end - start
+                        self._body[: end - start] = pending[start:end]
+                        position = end
+                    return
+                position = start + length
+                yield _split(header, bytes(pending[start:position]) if not header[3] else pending[start:position])
+        finally:
+            del pending[:position]
+
+
+# -- serializing -----------------------------------------------------------------------------------------------------
+
+_SIMPLE: Final = frozenset({int, float, str, bytes, bool, type(None), complex})
+
+
+def is_simple(value: object, depth: int = 3) -> bool:
+    """Is this of builtin types all the way down (and small), so that plain pickle cannot get it wrong?
+
+    Plain pickle refers to classes and functions of `__main__` by name, which a worker does not have; cloudpickle sends
+    them by value, at 2 us a call.
+    """
+    kind = type(value)
+    if kind in _SIMPLE:
+        return True
+    if depth and kind in (tuple, list) and len(value) <= 16:  # type: ignore[arg-type]
+        return all(is_simple(item, depth - 1) for item in value)  # type: ignore[attr-defined]
+    if depth and kind is dict and len(value) <= 16:  # type: ignore[arg-type]
+        return all(type(key) is str and is_simple(item, depth - 1) for key, item in value.items())  # type: ignore[attr-defined]
+    return False
+
+
+def dumps(value: object, *, by_reference: bool = False) -> tuple[bytes, list[memoryview]]:
+    """Serialize; returns the pickle and the buffers it left out. `by_reference`: plain pickle is known to do.
+
+    Raises what pickling raises.
+    """
+    if by_reference or is_simple(value):
+        return pickle.dumps(value, 5), []
+    import cloudpickle
+
+    buffers: list[memoryview] = []
+
+    def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous
+            return True
+        if raw.nbytes < OUT_OF_BAND:
+            return True
+        buffers.append(raw)
+        return False
+
+    with BytesIO() as file:
+        cloudpickle.Pickler(file, protocol=5, buffer_callback=keep_in_band).dump(value)
+        return file.getvalue(), buffers
+
+
+loads: Final[Callable[..., Any]] = pickle.loads
+
+
+# -- calls that the parent sends by reference ------------------------------------------------------------------------
+
+
+def run_chunk(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Any]:
+    """Several calls of `map` as one task."""
+    return [function(*arguments) for arguments in items]
+
+
+def run_agent(kind: str | type, prompt: str, kwargs: dict[str, Any]) -> Any:
+    """One run of an agent, with the instance that this worker keeps of its kind."""
+    from agentpool_worker.agents import base
+
+    return base.run_agent(kind, prompt, kwargs)
