@@ -1,0 +1,258 @@
+"""One worker's pipes and its page of shared memory: framing, buffering, never blocking.
+
+Two one-way pipes carry calls and results, one the wish to stop, one the worker's standard error. The page tells what
+began, takes back what did not, and holds what a dying worker could not send. It knows nothing of the core: frames go
+in and out. Writing is done by whichever thread holds the pool's lock, reading by the manager thread alone.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import Final
+
+from agentpool_worker import protocol
+from agentpool_worker.protocol import (
+    BEGAN,
+    OUTBOX,
+    OUTBOX_DATA,
+    OUTBOX_HEADER,
+    PAGE_SIZE,
+    REPORT,
+    REVOKED,
+    SLOTS,
+    Frame,
+    FrameReader,
+    encode,
+)
+
+__all__ = ["Channel"]
+
+#: What is kept of a worker's standard error, in bytes.
+STDERR_TAIL: Final = 4096
+#: Read from one worker in one turn, in bytes, so that one flood does not starve the others.
+_TURN: Final = 4 * 1024 * 1024
+_MAX_REPORT: Final = 256 * 1024
+
+
+def _page_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("agentpool-page", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:  # never has a name where that can be had
+        return os.dup(file.fileno())
+
+
+class Channel:
+    """The parent's end."""
+
+    def __init__(self) -> None:
+        self._ours: list[Connection] = []
+        self._theirs: list[Connection] = []
+        self._report = -1
+        try:
+            calls_r, self._calls = Pipe(duplex=False)
+            self._theirs.append(calls_r)
+            self._ours.append(self._calls)
+            self._results, results_w = Pipe(duplex=False)
+            self._theirs.append(results_w)
+            self._ours.append(self._results)
+            control_r, self._control = Pipe(duplex=False)
+            self._theirs.append(control_r)
+            self._ours.append(self._control)
+            self._stderr, stderr_w = Pipe(duplex=False)
+            self._theirs.append(stderr_w)
+            self._ours.append(self._stderr)
+            self._report = _page_file()
+            os.ftruncate(self._report, REPORT)
+            self._page = mmap.mmap(self._report, PAGE_SIZE)
+        except OSError:
+            self.close()
+            raise
+        for end in self._ours:
+            os.set_blocking(end.fileno(), False)
+        #: -1 once no more calls go to the worker
+        self.calls_fd = self._calls.fileno()
+        self.results_fd = self._results.fileno()
+        self.stderr_fd = self._stderr.fileno()
+        self.stderr_tail = b""
+        self._reader = FrameReader()
+        self._outgoing: deque[memoryview] = deque()
+        self._slots: dict[int, int] = {}
+        self._next_slot = 0
+        # Acquiring it is the memory barrier of revoke(); see Worker._began.
+        self._barrier = threading.Lock()
+
+    # -- handing over --------------------------------------------------------------------------------------------
+
+    def worker_fds(self) -> list[int]:
+        """The worker's ends, in the keeper's order: calls, results, control, standard error, page."""
+        return [*(end.fileno() for end in self._theirs), self._report]
+
+    def handed_over(self) -> None:
+        """The worker's ends are on their way: keep none, or no end of file would ever be seen."""
+        for end in self._theirs:
+            end.close()
+        self._theirs.clear()
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def send_call(self, task_id: int, payload: bytes, buffers: Sequence[memoryview]) -> bool:
+        """Send a call. False: the pipe is full, and `flush` must be called when it has room."""
+        slot = self._next_slot
+        self._next_slot = (slot + 1) % SLOTS
+        self._slots[task_id] = slot
+        page = self._page
+        page[BEGAN + slot] = 0
+        page[REVOKED + slot] = 0
+        return self._send(encode(protocol.CALL, task_id, payload, buffers, x=slot))
+
+    def send_init(self, payload: bytes, buffers: Sequence[memoryview]) -> bool:
+        """Send the initializer; it goes before any call."""
+        return self._send(encode(protocol.INIT, 0, payload, buffers))
+
+    def send_collect(self) -> bool:
+        """Have the worker collect its garbage."""
+        return self._send(encode(protocol.COLLECT))
+
+    def _send(self, parts: Sequence[bytes | memoryview]) -> bool:
+        if self.calls_fd < 0:
+            return True
+        if not self._outgoing and len(parts) == 1:
+            part = parts[0]
+            try:
+                written = os.write(self.calls_fd, part)
+            except BlockingIOError:
+                written = 0
+            except BrokenPipeError:  # it is dead; its death will be observed
+                return True
+            if written == len(part):
+                return True
+            self._outgoing.append(memoryview(part)[written:])
+            return False
+        self._outgoing.extend(memoryview(part).cast("B") for part in parts)
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits, as far as there is room. True: nothing waits any more."""
+        outgoing = self._outgoing
+        while outgoing:
+            try:
+                written = os.write(self.calls_fd, outgoing[0])
+            except BlockingIOError:
+                return False
+            except BrokenPipeError:
+                outgoing.clear()
+                break
+            if written < len(outgoing[0]):
+                outgoing[0] = outgoing[0][written:]
+            else:
+                outgoing.popleft()
+        return True
+
+    def end_calls(self) -> None:
+        """Tell the worker that no more will come: it finishes and ends."""
+        self.calls_fd = -1  # the number may be another channel's in a moment
+        self._outgoing.clear()
+        self._calls.close()
+
+    def ask_to_stop(self, task_id: int, *, wants_stack: bool) -> None:
+        """Ask the worker to stop a task, and to note first what its threads do."""
+        try:
+            os.write(self._control.fileno(), encode(protocol.STOP, task_id, flags=int(wants_stack))[0])
+        except (BlockingIOError, BrokenPipeError):  # it has not read 1,800 of them, or is dead: it will be killed
+            return
+
+    # -- the page ------------------------------------------------------------------------------------------------
+
+    def began(self, task_id: int) -> bool:
+        """Has the worker begun this call?"""
+        slot = self._slots.get(task_id)
+        return slot is not None and self._page[BEGAN + slot] == 1
+
+    def revoke(self, task_id: int) -> bool:
+        """Take a call back. True: the worker has not begun it, and will pass over it.
+
+        False: it has begun, or the worker saw the revocation in the same instant and will say that it skipped it.
+        """
+        slot = self._slots.get(task_id)
+        if slot is None:
+            return False
+        page = self._page
+        page[REVOKED + slot] = 1
+        with self._barrier:
+            is_ours = page[BEGAN + slot] == 0
+        if is_ours:
+            del self._slots[task_id]
+        return is_ours
+
+    def is_current(self, task_id: int, slot: int) -> bool:
+        """Is this the slot of the task's present call? A call that was taken back may have been sent again since."""
+        return self._slots.get(task_id) == slot
+
+    def finished(self, task_id: int) -> None:
+        """The call is over: its slot is free."""
+        self._slots.pop(task_id, None)
+
+    def unsent_results(self) -> list[Frame]:
+        """Results that the worker holds and has not written; what was seen before may be among them.
+
+        For a worker that is dead, or busy with a call (then its outbox lies still: the generation tells).
+        """
+        before = OUTBOX_HEADER.unpack_from(self._page, OUTBOX)
+        data = bytes(self._page[OUTBOX_DATA : min(OUTBOX_DATA + before[1], PAGE_SIZE)])
+        if not data or OUTBOX_HEADER.unpack_from(self._page, OUTBOX) != before:
+            return []
+        reader = FrameReader()
+        reader.feed(data)
+        return list(reader.frames())
+
+    def report(self) -> str:
+        """What the interpreter's fault handler wrote: a crash report or a stack."""
+        size = min(os.fstat(self._report).st_size - REPORT, _MAX_REPORT)
+        return os.pread(self._report, size, REPORT).decode(errors="replace") if size > 0 else ""
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def read_results(self) -> tuple[list[Frame], bool]:
+        """All whole frames that can be had now, and whether the end of file was reached. Raises ProtocolError."""
+        frames: list[Frame] = []
+        taken = 0
+        while taken < _TURN:
+            try:
+                count = self._reader.read_from(self.results_fd)
+            except BlockingIOError:
+                return frames, False
+            if not count:
+                return frames, True
+            taken += count
+            frames.extend(self._reader.frames())
+            if count < 65536 and self._reader.is_between_frames:
+                return frames, False  # a short read: the pipe is empty, and another read would only tell so
+        return frames, False
+
+    def read_stderr(self) -> bytes:
+        """What the worker wrote to its standard error since; the tail is kept. b"" where there is nothing."""
+        try:
+            data = os.read(self.stderr_fd, 65536)
+        except BlockingIOError:
+            return b""
+        if data:
+            self.stderr_tail = (self.stderr_tail + data)[-STDERR_TAIL:]
+        return data
+
+    def close(self) -> None:
+        """Give back all descriptors and the page. May be called twice."""
+        for end in (*self._ours, *self._theirs):
+            end.close()
+        self._theirs.clear()
+        if self._report >= 0:
+            os.close(self._report)
+            self._report = -1
+            page = getattr(self, "_page", None)
+            if page is not None:
+                page.close()

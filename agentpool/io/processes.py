@@ -1,0 +1,144 @@
+"""The keeper, seen from the parent: starts it, has it fork workers, learns of every death.
+
+Knows nothing of the core. Called by the manager thread alone: the keeper's parent-death signal fires when the thread
+that started it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import marshal
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import agentpool_worker
+
+__all__ = ["KeeperClient", "KeeperMessage", "send"]
+
+_MAX_MESSAGE: Final = 128 * 1024
+#: (what, worker id, pid | exit code | text, pidfd or None)
+KeeperMessage = tuple[str, int, int | str, int | None]
+
+_PROGRAM: Final = (
+    "import sys; sys.path.insert(0, sys.argv[3]); from agentpool_worker import keeper; keeper.main(sys.argv)"
+)
+
+
+class KeeperClient:
+    """One keeper process. It lives until `stop`, or until it dies; then make another."""
+
+    def __init__(self, setup: Mapping[str, object]) -> None:
+        kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM) if sys.platform == "linux" else socket.SOCK_STREAM
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        self._outgoing: deque[tuple[bytes, Sequence[int]]] = deque()
+        try:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]  # as multiprocessing does
+                    "-P",
+                    "-c",
+                    _PROGRAM,
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                    str(Path(agentpool_worker.__file__).parent.parent),
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=dict(os.environ),  # a copy: another thread may change it at any time
+                start_new_session=True,
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+        self._socket.setblocking(False)
+        self._outgoing.append((marshal.dumps(("setup", dict(setup))), ()))
+        self.flush()
+
+    @property
+    def pid(self) -> int:
+        """The keeper's process id."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """The descriptor to watch: readable when there are messages, or the keeper is gone."""
+        return self._socket.fileno()
+
+    def spawn(self, worker_id: int, descriptors: Sequence[int]) -> bool:
+        """Have a worker forked. False: the message waits for room, and `flush` must be called.
+
+        The descriptors must stay open until they are sent; `waiting` tells.
+        """
+        self._outgoing.append((marshal.dumps(("spawn", worker_id)), tuple(descriptors)))
+        return self.flush()
+
+    def set_up(self, setup: Mapping[str, object]) -> bool:
+        """Replace what workers are told of their surroundings."""
+        self._outgoing.append((marshal.dumps(("setup", dict(setup))), ()))
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Send what waits. True: nothing waits any more."""
+        while self._outgoing:
+            data, descriptors = self._outgoing[0]
+            try:
+                socket.send_fds(self._socket, [data], list(descriptors))
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS:  # too many descriptors under way; they are being taken
+                    return False
+                self._outgoing.clear()  # it is gone, which its pidfd or the end of file tells
+                return True
+            self._outgoing.popleft()
+        return True
+
+    def messages(self) -> Iterator[KeeperMessage]:
+        """What the keeper has to say. Raises EOFError when it is gone."""
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._socket, _MAX_MESSAGE, 1)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                raise EOFError from None
+            if not data:
+                raise EOFError
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
+            what, worker_id, detail = marshal.loads(data)
+            yield what, worker_id, detail, descriptors[0] if descriptors else None
+
+    def stop(self) -> None:
+        """End the keeper and everything below it, and wait until it is gone."""
+        self._socket.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its workers die with it
+            self._process.wait()
+
+    def abandon(self) -> None:
+        """In a forked copy of the parent: let go of the socket; the keeper is not ours."""
+        self._socket.close()
+        self._process.returncode = 0  # or Popen would complain that it was not waited for
+
+
+def send(pidfd: int | None, pid: int, number: int) -> None:
+    """Signal exactly this process, if it still lives."""
+    try:
+        if pidfd is not None:
+            signal.pidfd_send_signal(pidfd, number)
+        else:  # no pidfd on this platform; the keeper has not reported its death, so the pid is still its own
+            os.kill(pid, number)
+    except ProcessLookupError:
+        return
