@@ -1,0 +1,160 @@
+"""The words of what went wrong: builds the exceptions that futures get. Each names the cause and the cure.
+
+Pure text; called only by the scheduler.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+
+from agentpool.config import MB
+from agentpool.core.records import TaskRecord, WorkerExit, WorkerRecord
+from agentpool.errors import (
+    AgentPoolError,
+    CircuitOpenError,
+    MemoryLimitError,
+    QuarantinedError,
+    QueueTimeoutError,
+    TaskTimeoutError,
+    WorkerCrashedError,
+)
+
+__all__ = [
+    "circuit_open",
+    "crashed",
+    "exit_words",
+    "fresh",
+    "memory_limit",
+    "quarantined",
+    "queue_timeout",
+    "start_words",
+    "task_timeout",
+]
+
+
+def fresh(error: BaseException) -> BaseException:
+    """The same error once more: an instance that several futures raise would gather everybody's tracebacks."""
+    if not isinstance(error, AgentPoolError):
+        return error  # not ours to copy
+    again = copy.copy(error)
+    if error.__cause__ is not None:
+        again.__cause__ = error.__cause__
+    if hasattr(error, "__notes__"):
+        again.__notes__ = list(error.__notes__)
+    return again
+
+
+def _task_words(task: TaskRecord) -> str:
+    return f"task {task.id}" + (f" ({task.spec.name})" if task.spec.name else "")
+
+
+def exit_words(exit_: WorkerExit) -> str:
+    """How a process ended, as a person would say it."""
+    code = exit_.exit_code
+    if exit_.keeper_lost:
+        return "was lost together with the keeper process"
+    if code is None:
+        return "ended, nobody knows how"
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return f"was killed by {name}"
+    return f"exited with code {code}"
+
+
+def start_words(worker: WorkerRecord, exit_: WorkerExit) -> str:
+    """Why a worker never became ready, as a person would say it."""
+    words = f"a worker {worker.reason}" if worker.reason else f"a worker {exit_words(exit_)} before it was ready"
+    last_words = (exit_.story or exit_.stderr_tail).strip()[-500:]
+    return words + (f": {last_words}" if last_words else "")
+
+
+def _tail(exit_: WorkerExit) -> str:
+    parts = []
+    if exit_.story.strip():
+        parts.append(f"\nThe interpreter's last report:\n{exit_.story.strip()}")
+    if exit_.stderr_tail.strip():
+        parts.append(f"\nThe last it wrote to standard error:\n{exit_.stderr_tail.strip()}")
+    return "".join(parts)
+
+
+def crashed(task: TaskRecord, worker: WorkerRecord, exit_: WorkerExit) -> WorkerCrashedError:
+    """The worker died under a task that had begun; `worker.reason` is set where the pool itself killed it."""
+    peak = max(task.peak_rss_bytes, worker.rss_bytes)
+    how = f"was stopped ({worker.reason})" if worker.reason else exit_words(exit_)
+    cure = (
+        "It is not run again, because it had begun; where running it twice is harmless, allow that with "
+        "pool.options(retry=3)."
+        if task.spec.policy is None
+        else f"Attempt {task.attempts}; its retry policy decides."
+    )
+    return WorkerCrashedError(
+        f"the worker (pid {worker.pid}) {how} while it ran {_task_words(task)}; "
+        f"peak memory {peak / MB:.0f} MB. Other tasks are not affected. {cure}{_tail(exit_)}",
+        exit_code=exit_.exit_code,
+        peak_rss_bytes=peak,
+        stderr_tail=exit_.stderr_tail,
+        worker_pid=worker.pid,
+    )
+
+
+def quarantined(task: TaskRecord, last: WorkerCrashedError) -> QuarantinedError:
+    """The task killed too many workers."""
+    return QuarantinedError(
+        f"{_task_words(task)} killed {task.kills} workers and is not run again, whatever its retry policy says. "
+        f"The last time: {last}",
+        exit_code=last.exit_code,
+        peak_rss_bytes=last.peak_rss_bytes,
+        stderr_tail=last.stderr_tail,
+        worker_pid=last.worker_pid,
+    )
+
+
+def task_timeout(task: TaskRecord, seconds: float) -> TaskTimeoutError:
+    """The task ran too long. Its stack is added when the worker has told it."""
+    return TaskTimeoutError(
+        f"{_task_words(task)} ran longer than its timeout of {seconds:g} s and was stopped",
+        timeout_seconds=seconds,
+    )
+
+
+def queue_timeout(task: TaskRecord) -> QueueTimeoutError:
+    """The task waited too long."""
+    return QueueTimeoutError(
+        f"{_task_words(task)} waited longer than its queue_timeout of {task.spec.queue_timeout or 0:g} s and was not "
+        "started; raise max_concurrent, or allow it to wait longer"
+    )
+
+
+def circuit_open(task: TaskRecord, waited_seconds: float, reason: str, *, is_forced: bool) -> CircuitOpenError:
+    """The task waited in vain for a pool that has no worker, and a breaker that lets none start."""
+    cure = (
+        "It was opened by hand, and closes by hand: pool.breaker.reset()"
+        if is_forced
+        else "It recovers by itself when the cause is gone; pool.breaker.reset() closes it at once"
+    )
+    return CircuitOpenError(
+        f"{_task_words(task)} waited {waited_seconds:.3g} s, the pool has no worker, and its circuit breaker starts "
+        f"none: {reason}. {cure}"
+    )
+
+
+def memory_limit(task: TaskRecord, worker: WorkerRecord, limit_bytes: int, why: str = "") -> MemoryLimitError:
+    """The task's process tree passed a limit."""
+    samples = tuple(worker.samples)
+    growth = ""
+    if len(samples) > 1:
+        (t0, b0), (t1, b1) = samples[0], samples[-1]
+        growth = f", it grew by {(b1 - b0) / MB:.0f} MB in the last {t1 - t0:.2f} s"
+    text = why or f"its hard memory limit of {limit_bytes / MB:.0f} MB"
+    return MemoryLimitError(
+        f"{_task_words(task)} was stopped: {'' if why else 'it passed '}{text}; its process tree had "
+        f"{worker.rss_bytes / MB:.0f} MB{growth}. Allow it more with pool.options(hard_memory_limit_mb=...) or run "
+        "fewer tasks at once",
+        limit_bytes=limit_bytes,
+        peak_rss_bytes=max(task.peak_rss_bytes, worker.rss_bytes),
+        samples=samples,
+    )
