@@ -1,0 +1,113 @@
+"""agentpool: runs agents, each in its own pooled process, and keeps the machine alive while they misbehave.
+
+    with AgentPool() as pool:
+        future = pool.submit(task, argument)
+        print(future.result())
+
+The public names are these, and nothing else. What is rarely needed or heavy is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from agentpool.errors import (
+    AgentPoolError,
+    CircuitOpenError,
+    ForkedPoolError,
+    InitializerError,
+    InternalError,
+    MemoryLimitError,
+    PoolClosedError,
+    QuarantinedError,
+    QueueFullError,
+    QueueTimeoutError,
+    RemoteTaskError,
+    ResultPicklingError,
+    ResultUnpicklingError,
+    SettingsError,
+    TaskKilledError,
+    TaskPicklingError,
+    TaskTimeoutError,
+    TaskUnpicklingError,
+    WorkerCrashedError,
+)
+
+if TYPE_CHECKING:
+    from agentpool.breaker import ResourceCircuitBreaker
+    from agentpool.config import BreakerSettings, PoolSettings
+    from agentpool.core.retry import RetryPolicy
+    from agentpool.futures import AgentFuture, TaskSnapshot
+    from agentpool.monitor import ResourceMonitor, get_resource_monitor
+    from agentpool.orchestrator import orchestrate_with_memory_management
+    from agentpool.pool import AgentPool, PoolView, get_agent_pool, get_circuit_breaker
+    from agentpool_worker.agents.base import Agent
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Agent",
+    "AgentFuture",
+    "AgentPool",
+    "AgentPoolError",
+    "BreakerSettings",
+    "CircuitOpenError",
+    "ForkedPoolError",
+    "InitializerError",
+    "InternalError",
+    "MemoryLimitError",
+    "PoolClosedError",
+    "PoolSettings",
+    "PoolView",
+    "QuarantinedError",
+    "QueueFullError",
+    "QueueTimeoutError",
+    "RemoteTaskError",
+    "ResourceCircuitBreaker",
+    "ResourceMonitor",
+    "ResultPicklingError",
+    "ResultUnpicklingError",
+    "RetryPolicy",
+    "SettingsError",
+    "TaskKilledError",
+    "TaskPicklingError",
+    "TaskSnapshot",
+    "TaskTimeoutError",
+    "TaskUnpicklingError",
+    "WorkerCrashedError",
+    "__version__",
+    "get_agent_pool",
+    "get_circuit_breaker",
+    "get_resource_monitor",
+    "orchestrate_with_memory_management",
+]
+
+_LAZY = {
+    "Agent": "agentpool_worker.agents.base",
+    "AgentFuture": "agentpool.futures",
+    "AgentPool": "agentpool.pool",
+    "BreakerSettings": "agentpool.config",
+    "PoolSettings": "agentpool.config",
+    "PoolView": "agentpool.pool",
+    "ResourceCircuitBreaker": "agentpool.breaker",
+    "ResourceMonitor": "agentpool.monitor",
+    "RetryPolicy": "agentpool.core.retry",
+    "TaskSnapshot": "agentpool.futures",
+    "get_agent_pool": "agentpool.pool",
+    "get_circuit_breaker": "agentpool.pool",
+    "get_resource_monitor": "agentpool.monitor",
+    "orchestrate_with_memory_management": "agentpool.orchestrator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'agentpool' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(module), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

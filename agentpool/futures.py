@@ -1,0 +1,208 @@
+"""AgentFuture: a `concurrent.futures.Future` that knows its attempts, its worker and its memory, and can be killed.
+
+Works wherever a Future does: `wait`, `as_completed`, `asyncio.wrap_future`. Any thread may use it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from agentpool.core.transitions import TaskState
+from agentpool.errors import ResultUnpicklingError
+from agentpool.runtime.outcomes import Encoded
+
+if TYPE_CHECKING:
+    from agentpool.core.records import TaskRecord
+    from agentpool.runtime.manager import Manager
+
+__all__ = ["AgentFuture", "TaskSnapshot"]
+
+T = TypeVar("T")
+
+log = logging.getLogger("agentpool")
+
+_STATES = {
+    TaskState.QUEUED: "queued",
+    TaskState.ASSIGNED: "queued",
+    TaskState.RUNNING: "running",
+    TaskState.STOPPING: "running",
+    TaskState.WAITING_RETRY: "waiting_to_retry",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSnapshot:
+    """How a task stands at one moment.
+
+    state: "queued", "running", "waiting_to_retry", "done", "failed" or "cancelled". elapsed_seconds: of the present
+    attempt, or of the last one. rss_bytes: last reading of its worker's process tree, 0 where there is none.
+    """
+
+    task_id: int
+    name: str | None
+    kind: str | None
+    state: str
+    attempts: int
+    elapsed_seconds: float
+    rss_bytes: int
+    peak_rss_bytes: int
+    worker_pid: int | None
+    last_error: str | None
+
+
+class AgentFuture(Future[T]):
+    """The result of a task, to come.
+
+    `worker_pid` is the process that ran it last, None while it never left the queue.
+    """
+
+    _task: TaskRecord | None = None
+    _manager: Manager | None = None
+    _ended_at: float | None = None
+    worker_pid: int | None = None
+
+    # -- what it knows -------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str | None:
+        """The task's name, as given in `options(name=...)`."""
+        return self._task.spec.name if self._task is not None else None
+
+    @property
+    def attempts(self) -> int:
+        """How often the task began; an attempt that never began is not counted."""
+        return self._task.attempts if self._task is not None else 0
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The most memory seen in its worker's process tree while it ran, in bytes; 0: it was too short to be seen.
+
+        The whole process counts: what a worker held before the task is part of it.
+        """
+        return self._task.peak_rss_bytes if self._task is not None else 0
+
+    def snapshot(self) -> TaskSnapshot:
+        """How the task stands now."""
+        task = self._task
+        if task is None:  # its call could not be pickled: it never became a task
+            return TaskSnapshot(0, None, None, "failed", 0, 0.0, 0, 0, None, str(self._exception))
+        worker = task.worker
+        end = self._ended_at if self._ended_at is not None else time.monotonic()
+        return TaskSnapshot(
+            task_id=task.id,
+            name=task.spec.name,
+            kind=task.spec.kind,
+            state=self._state_word(task),
+            attempts=task.attempts,
+            elapsed_seconds=max(0.0, end - task.started_at) if task.attempts else 0.0,
+            rss_bytes=worker.rss_bytes if worker is not None else 0,
+            peak_rss_bytes=task.peak_rss_bytes,
+            worker_pid=self.worker_pid,
+            last_error=None if task.last_error is None else f"{type(task.last_error).__name__}: {task.last_error}",
+        )
+
+    def _state_word(self, task: TaskRecord) -> str:
+        if self.cancelled():
+            return "cancelled"
+        if self.done():
+            return "done" if self._exception is None else "failed"
+        return _STATES.get(task.state, "running")
+
+    def __repr__(self) -> str:
+        task = self._task
+        words = "failed" if task is None else f"task {task.id} {self._state_word(task)}"
+        return f"<{type(self).__name__} at {id(self):#x} {words}>"
+
+    # -- what can be done to it ----------------------------------------------------------------------------------
+
+    def running(self) -> bool:
+        """Is the task being run now?"""
+        task = self._task
+        return task is not None and not self.done() and task.state in (TaskState.RUNNING, TaskState.STOPPING)
+
+    def cancel(self) -> bool:
+        """Withdraw the task if it has not begun. True: it is cancelled. A running task is not stopped: see `kill`."""
+        if self.cancelled():
+            return True
+        if self._task is None or self._manager is None or self.done() or not self._manager.cancel(self._task):
+            return self.cancelled()
+        self.settle_cancelled()
+        return True
+
+    def kill(self) -> bool:
+        """Stop the task, running or not: it is asked first (a `TaskCancelled` is raised in it), and its worker is
+        killed after the pool's `kill_grace`. True: it will not return; `result()` raises TaskKilledError or, if it had
+        not begun, CancelledError. False: it is over.
+        """
+        if self.cancel():
+            return True
+        if self._task is None or self._manager is None or self.done():
+            return False
+        return self._manager.kill(self._task, "future.kill() was called")
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def result(self, timeout: float | None = None) -> T:
+        """The task's value; waits for it at most `timeout` seconds. It is rebuilt in the first caller's thread.
+
+        Raises TimeoutError, CancelledError, what the task raised, or an `agentpool.errors` exception.
+        """
+        value = super().result(timeout)
+        if type(value) is Encoded:
+            self._rebuild()
+            return super().result(0)
+        return value
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What `result()` would raise, or None; waits at most `timeout` seconds."""
+        error = super().exception(timeout)
+        if error is None and type(self._result) is Encoded:
+            self._rebuild()
+            return self._exception
+        return error
+
+    def _rebuild(self) -> None:
+        encoded = cast(object, self._result)
+        if type(encoded) is not Encoded:
+            return
+        try:
+            value, failure = encoded.rebuild(), None
+        except BaseException as error:  # user code; SystemExit in it must not end the reader
+            value = None
+            failure = ResultUnpicklingError(
+                "the task returned, but its result could not be rebuilt in this process: "
+                f"{type(error).__name__}: {error}"
+            )
+            failure.__cause__ = error
+        with self._condition:
+            if self._result is encoded:  # the first of several readers; all get one object
+                self._result = cast(T, value)
+                self._exception = failure
+
+    # -- for the manager -----------------------------------------------------------------------------------------
+
+    def settle(self, is_value: bool, payload: object) -> None:
+        """The manager's: the task is over."""
+        self._ended_at = time.monotonic()
+        if is_value:
+            self.set_result(cast(T, payload))
+        else:
+            assert isinstance(payload, BaseException)
+            self.set_exception(payload)
+
+    def settle_cancelled(self) -> None:
+        """The manager's: the task will not run. Those who wait are told (cpython gh-109934)."""
+        super().cancel()
+        self.set_running_or_notify_cancel()
+
+    def _invoke_callbacks(self) -> None:
+        # As the base class, but SystemExit from a callback must not end the manager thread.
+        for callback in self._done_callbacks:  # type: ignore[attr-defined]
+            try:
+                callback(self)
+            except BaseException:
+                log.exception("exception calling callback for %r", self)

@@ -1,0 +1,64 @@
+"""What happens to pools when the process around them changes: interpreter exit, fork, garbage collection.
+
+Pools register here as they are made. Importing this module installs the hooks.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentpool.runtime.manager import Manager
+
+__all__ = ["is_exiting", "live_pools", "register"]
+
+_managers: weakref.WeakSet[Manager] = weakref.WeakSet()
+_pools: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_is_exiting = False
+
+
+def register(pool: Any, manager: Manager) -> None:
+    """Finish the manager's work when the pool is collected or the interpreter ends."""
+    _managers.add(manager)
+    _pools[id(manager)] = pool
+    finalizer = weakref.finalize(pool, manager.drop)
+    finalizer.atexit = False  # _at_exit sees to it
+
+
+def live_pools() -> list[Any]:
+    """The pools of this process that are not closed, oldest first."""
+    return sorted((pool for pool in list(_pools.values()) if not pool.closed), key=lambda pool: pool.created_at)
+
+
+def is_exiting() -> bool:
+    """Has the interpreter begun to end?"""
+    return _is_exiting
+
+
+def _at_exit() -> None:
+    """As concurrent.futures does: what was accepted is finished, then everything ends."""
+    global _is_exiting
+    _is_exiting = True
+    for manager in list(_managers):
+        manager.shutdown(wait=False, cancel_futures=False)
+    for manager in list(_managers):
+        manager.shutdown(wait=True, cancel_futures=False)
+
+
+def _after_fork_in_child() -> None:
+    for manager in list(_managers):
+        manager.abandon()
+
+
+# concurrent.futures uses the same hook: it runs before the interpreter joins threads and refuses to start new ones.
+_register_atexit = getattr(threading, "_register_atexit", None)
+if _register_atexit is not None:
+    _register_atexit(_at_exit)
+else:
+    import atexit
+
+    atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_after_fork_in_child)

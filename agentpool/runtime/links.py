@@ -1,0 +1,167 @@
+"""What the manager holds of each worker: its channel, its process, its sampler. And the keeper that forks them.
+
+Only the manager thread makes and closes links; `Link.channel` is written to by whoever holds the pool's lock.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.process
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from agentpool.config import PoolSettings
+from agentpool.core.records import TreeState, WorkerExit, WorkerRecord
+from agentpool.io import processes
+from agentpool.io.channel import Channel
+from agentpool.io.processes import KeeperClient
+from agentpool.io.reactor import Reactor
+from agentpool.io.sampler import TreeSampler
+
+__all__ = ["Link", "Staff"]
+
+
+class Link:
+    """One worker, as the manager sees it."""
+
+    __slots__ = ("channel", "exit_code", "is_kill_wanted", "keeper", "pid", "pidfd", "sampler", "worker")
+
+    def __init__(self, worker: WorkerRecord, channel: Channel, keeper: KeeperClient) -> None:
+        self.worker = worker
+        self.channel = channel
+        self.keeper = keeper
+        self.pid: int | None = None
+        self.pidfd: int | None = None
+        self.sampler: TreeSampler | None = None
+        self.is_kill_wanted = False
+        self.exit_code: int | None = None
+
+    def spawned(self, pid: int, pidfd: int | None) -> None:
+        """The keeper has forked it."""
+        self.pid, self.pidfd = pid, pidfd
+        self.sampler = TreeSampler(pid)
+        if self.is_kill_wanted:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL it; the keeper kills what it leaves behind. A worker that is not forked yet dies when it is."""
+        self.is_kill_wanted = True
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """Signal the worker itself, if it lives."""
+        if self.pid is not None:
+            processes.send(self.pidfd, self.pid, number)
+
+    def sample(self) -> TreeState | None:
+        """Measure its tree; None: it is gone, or not there yet."""
+        reading = self.sampler.read() if self.sampler is not None else None
+        return None if reading is None else TreeState(reading.rss_bytes, reading.processes, reading.cpu_seconds)
+
+    def exit(self, *, keeper_lost: bool = False) -> WorkerExit:
+        """How it ended, and whether the task at its head had begun."""
+        head = self.worker.running
+        return WorkerExit(
+            exit_code=self.exit_code,
+            began=head is not None and self.channel.began(head.id),
+            stderr_tail=self.channel.stderr_tail.decode(errors="replace"),
+            story=self.channel.report(),
+            keeper_lost=keeper_lost,
+        )
+
+    def close(self, reactor: Reactor | None) -> None:
+        """Give back everything. `reactor` None: in a forked copy, which has none."""
+        if reactor is not None:
+            for descriptor in (self.channel.calls_fd, self.channel.results_fd, self.channel.stderr_fd, self.pidfd):
+                if descriptor is not None:
+                    reactor.unwatch(descriptor)
+        self.channel.close()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+        if self.sampler is not None:
+            self.sampler.close()
+
+
+class Staff:
+    """The keeper and all links."""
+
+    def __init__(self, settings: PoolSettings, reactor: Reactor, on_keeper: Callable[[], None]) -> None:
+        self._settings = settings
+        self._reactor = reactor
+        self._on_keeper = on_keeper
+        self._told: dict[str, object] = {}
+        self._handing_over: list[Link] = []
+        self.keeper: KeeperClient | None = None
+        #: worker id -> link; changed under the pool's lock
+        self.links: dict[int, Link] = {}
+
+    def _setup(self) -> dict[str, object]:
+        return {
+            "path": [entry for entry in sys.path if isinstance(entry, str)],
+            "argv": [word for word in sys.argv if isinstance(word, str)],
+            "preload": list(self._settings.preload),
+            "method": self._settings.start_method,
+            "authkey": bytes(multiprocessing.process.current_process().authkey),
+        }
+
+    def keeper_for_spawn(self) -> KeeperClient:
+        """The keeper, started where there is none, told of changes of sys.path. Raises OSError."""
+        setup = self._setup()
+        if self.keeper is None:
+            self.keeper = KeeperClient(setup)
+            self._reactor.watch(self.keeper.fileno(), self._on_keeper)
+        elif setup != self._told:
+            self.keeper.set_up(setup)
+        self._told = setup
+        return self.keeper
+
+    def hand_over(self, link: Link) -> None:
+        """Have the keeper fork the worker of this link."""
+        keeper = link.keeper
+        self._handing_over.append(link)
+        self._sent(keeper.spawn(link.worker.id, link.channel.worker_fds()))
+
+    def flush_keeper(self) -> None:
+        """There is room for messages to the keeper again."""
+        if self.keeper is not None:
+            self._sent(self.keeper.flush())
+
+    def _sent(self, is_all: bool) -> None:
+        assert self.keeper is not None
+        if is_all:
+            self._reactor.unwatch_writing(self.keeper.fileno())
+            for link in self._handing_over:
+                link.channel.handed_over()
+            self._handing_over.clear()
+        else:
+            self._reactor.watch_writing(self.keeper.fileno(), self.flush_keeper)
+
+    def keeper_lost(self) -> Sequence[Link]:
+        """The keeper died, and its workers are dying with it; returns their links."""
+        keeper, self.keeper = self.keeper, None
+        self._handing_over.clear()
+        if keeper is None:
+            return []
+        self._reactor.unwatch(keeper.fileno())
+        keeper.stop()
+        return [link for link in self.links.values() if link.keeper is keeper]
+
+    def close(self) -> None:
+        """End the keeper and whatever is left below it."""
+        if self.keeper is not None:
+            self._reactor.unwatch(self.keeper.fileno())
+            self.keeper.stop()
+            self.keeper = None
+        for link in self.links.values():
+            link.close(self._reactor)
+        self.links.clear()
+
+    def abandon(self) -> None:
+        """In a forked copy of the parent: let go of all descriptors, touch nobody."""
+        if self.keeper is not None:
+            self.keeper.abandon()
+        for link in self.links.values():
+            link.close(None)
+        self.links.clear()

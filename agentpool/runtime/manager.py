@@ -1,0 +1,470 @@
+"""The manager: one thread per pool that waits, feeds the core, and performs its actions.
+
+It decides nothing. Its lock guards the core, the outgoing side of all channels, and the list of actions that wait for
+the manager thread; it is held for microseconds, never over a call that may block or run a user's code. `submit`,
+`cancel` and the like run in their caller's thread; they write calls to a free worker themselves and leave everything
+else to the thread. Futures are settled, and samples taken, outside the lock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from agentpool.config import PoolSettings
+from agentpool.core import actions as act
+from agentpool.core.failures import fresh
+from agentpool.core.records import HostState, TaskRecord, TaskSpec, WorkerExit, WorkerRecord
+from agentpool.core.scheduler import Scheduler
+from agentpool.core.transitions import TaskState
+from agentpool.errors import ForkedPoolError, InternalError, PoolClosedError, QueueFullError, TaskKilledError
+from agentpool.io.channel import Channel
+from agentpool.io.host import HostSampler
+from agentpool.io.reactor import Reactor
+from agentpool.runtime import lifecycle
+from agentpool.runtime.links import Link
+from agentpool.runtime.reception import Event, Reception
+
+__all__ = ["Call", "Manager", "SettlesFuture"]
+
+log = logging.getLogger("agentpool")
+
+#: How long the manager waits for room in its own standard error before it tries again, in seconds.
+_STDERR_RETRY: Final = 0.05
+
+
+class SettlesFuture(Protocol):
+    """What the manager needs of a future."""
+
+    worker_pid: int | None
+
+    def settle(self, is_value: bool, payload: object) -> None:
+        """Set the result (an `Encoded`) or the exception, and run the callbacks."""
+
+    def settle_cancelled(self) -> None:
+        """Become cancelled, and tell those who wait."""
+
+
+class Call:
+    """A task's future and its serialized call; kept until the task is resolved, as it may be sent again."""
+
+    __slots__ = ("buffers", "future", "payload")
+
+    def __init__(self, future: SettlesFuture, payload: bytes, buffers: Sequence[memoryview]) -> None:
+        self.future = future
+        self.payload = payload
+        self.buffers = buffers
+
+
+class Manager:
+    """See the module. One per pool; starts its thread with the first task."""
+
+    def __init__(
+        self, settings: PoolSettings, initializer: tuple[bytes, Sequence[memoryview]], name: str, seed: int = 0
+    ) -> None:
+        self.name = name
+        self.lock = threading.Lock()
+        self.core = Scheduler(settings, seed=seed)
+        self.listeners: list[Callable[[str, str, str], None]] = []
+        self.started_at = time.monotonic()
+        self._initializer = initializer
+        self._task_ids = itertools.count(1)
+        self._room = threading.Condition(self.lock)
+        self._cold: deque[act.Action] = deque()
+        #: accepted and not settled; what the handler of last resort fails
+        self._open: dict[int, TaskRecord] = {}
+        self._reactor = Reactor()
+        self._reception = Reception(self.core, self._reactor)
+        self._staff = self._reception.staff
+        self._host = HostSampler()
+        self._sleeps_until = 0.0
+        self._thread: threading.Thread | None = None
+        self._thread_id = 0
+        self._is_finished = False
+        self._is_forked = False
+        self._is_dropped = False
+        self._stop_reason = ""
+
+    # -- any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call, spec: TaskSpec, call_key: object, *, block: bool) -> TaskRecord:
+        """Accept a task, and send it to a worker at once where one is free.
+
+        Raises PoolClosedError, QueueFullError (at once where `block` is False or the caller must not wait), or what
+        broke the pool.
+        """
+        self.check_open()
+        task = TaskRecord(next(self._task_ids), spec, call, call_key)
+        with self.lock:
+            while True:
+                now = time.monotonic()
+                try:
+                    self.core.submit(now, task)
+                    self._open[task.id] = task
+                    break
+                except QueueFullError:
+                    if not block or threading.get_ident() == self._thread_id:
+                        raise
+                    self._room.wait()
+                except PoolClosedError as error:
+                    raise PoolClosedError(f"{error}{self._stop_reason}") from None
+            if self._thread is None:
+                self._start()
+            self._take(now)
+            self._wake_for_deadline()
+        return task
+
+    def check_open(self) -> None:
+        """Raises what `submit` would raise for any task: the pool is closed, broken or another process's."""
+        if self._is_forked:
+            raise ForkedPoolError(
+                "this pool belongs to the process that made it, of which this one is a fork; make a pool here"
+            )
+        if lifecycle.is_exiting():
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")  # to the letter as elsewhere
+        if self.core.broken is not None:
+            raise fresh(self.core.broken)
+        if self.core.is_closing:
+            raise PoolClosedError(f"cannot schedule new futures after shutdown{self._stop_reason}")
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=f"agentpool-manager-{self.name}", daemon=True)
+        self._thread.start()
+
+    def start(self) -> None:
+        """Start the floor of workers (`min_workers`) without waiting for a task."""
+        with self.lock:
+            if self._thread is None and not self.core.is_closing:
+                self._start()
+            self.core.start(time.monotonic())
+            self._take(time.monotonic())
+
+    def cancel(self, task: TaskRecord) -> bool:
+        """Withdraw a task that has not begun. True: it will not run, and its future is the caller's to settle."""
+        with self.lock:
+            now = time.monotonic()
+            self._take_back(now, task)
+            is_cancelled = self.core.cancel(now, task)
+            self._take(now)
+        if is_cancelled:
+            self._call_of(task)
+        return is_cancelled
+
+    def _call_of(self, task: TaskRecord) -> Call | None:
+        """The call of a task that is being settled; None: somebody settled it before."""
+        self._open.pop(task.id, None)
+        call, task.handle = task.handle, None
+        return call if isinstance(call, Call) else None
+
+    def _take_back(self, now: float, task: TaskRecord) -> None:
+        if task.state is TaskState.ASSIGNED and task.worker is not None:
+            link = self._staff.links.get(task.worker.id)
+            if link is not None and link.channel.revoke(task.id):
+                self.core.task_given_back(now, task)
+
+    def _take_all_back(self, now: float) -> None:
+        for link in self._staff.links.values():
+            self._take_backlog_back(now, link)
+
+    def _take_backlog_back(self, now: float, link: Link) -> None:
+        for task in reversed(list(link.worker.backlog)):
+            if link.channel.revoke(task.id):
+                self.core.task_given_back(now, task)
+
+    def kill(self, task: TaskRecord, reason: str) -> bool:
+        """Stop a running task: asked first, killed after the grace. False: it is over, or has not begun."""
+        with self.lock:
+            now = time.monotonic()
+            error = TaskKilledError(f"task {task.id} was stopped: {reason}")
+            is_stopping = self.core.kill_task(now, task, error)
+            self._take(now)
+            self._wake_for_deadline()
+        return is_stopping
+
+    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+        """Accept nothing more; end when all is done. Safe from any thread, and any number of times."""
+        if self._is_forked:
+            return
+        with self.lock:
+            now = time.monotonic()
+            if cancel_futures:
+                self._take_all_back(now)
+            cancelled = self.core.shutdown(now, cancel_futures=cancel_futures)
+            self._room.notify_all()
+            self._take(now)
+            self._reactor.wake() if not self._is_finished else None
+        self._settle_cancelled(cancelled)
+        self._join(wait)
+
+    def stop_all(self, error: BaseException, reason: str, *, wait: bool) -> tuple[int, int, int]:
+        """Kill everything now. Returns the numbers of workers stopped, tasks cancelled and tasks stopped."""
+        if self._is_forked:
+            return (0, 0, 0)
+        with self.lock:
+            now = time.monotonic()
+            self._stop_reason = f": {reason}" if reason else ""
+            workers, active = len(self.core.workers), self.core.active
+            self._take_all_back(now)
+            cancelled = self.core.stop_all(now, error)
+            self._room.notify_all()
+            self._take(now)
+            self._reactor.wake() if not self._is_finished else None
+        self._settle_cancelled(cancelled)
+        self._join(wait)
+        return (workers, len(cancelled), active)
+
+    def drop(self) -> None:
+        """Nobody holds the pool any more: finish what was accepted, then end. Takes no lock: a finalizer calls it."""
+        self._is_dropped = True
+        if not self._is_finished:
+            self._reactor.wake()
+
+    def _settle_cancelled(self, tasks: Sequence[TaskRecord]) -> None:
+        for task in tasks:
+            call = self._call_of(task)
+            if call is not None:
+                call.future.settle_cancelled()
+
+    def _join(self, wait: bool) -> None:
+        thread = self._thread
+        if thread is None:
+            with self.lock:
+                if not self._is_finished:
+                    self._finish()
+        elif wait and threading.get_ident() != self._thread_id:
+            thread.join()
+
+    def force_open(self, reason: str) -> None:
+        """Open the breaker by hand."""
+        with self.lock:
+            now = time.monotonic()
+            self.core.force_open(now, reason)
+            self._take(now)
+
+    def reset_breaker(self) -> None:
+        """Close the breaker by hand."""
+        with self.lock:
+            now = time.monotonic()
+            self.core.reset_breaker(now)
+            self._take(now)
+
+    @property
+    def is_finished(self) -> bool:
+        """The pool is closed, and all its processes are gone."""
+        return self._is_finished or self._is_forked
+
+    def abandon(self) -> None:
+        """In a forked copy of the parent: become inert. The lock may have been held by a thread that is not here."""
+        self._is_forked = True
+        self.lock = threading.Lock()
+        self._room = threading.Condition(self.lock)
+        self._staff.abandon()
+        self._reactor.close()
+
+    # -- under the lock ------------------------------------------------------------------------------------------
+
+    def _take(self, now: float) -> None:
+        """Send calls at once; leave all other actions to the manager thread."""
+        actions = self.core.take_actions(now)
+        if not actions:
+            return
+        cold = self._cold
+        for action in actions:
+            if type(action) is tuple and action[0] == act.DISPATCH:
+                self._dispatch(action[1], action[2])
+            else:
+                cold.append(action)
+        if cold and threading.get_ident() != self._thread_id:
+            self._reactor.wake()
+
+    def _dispatch(self, worker: WorkerRecord, task: TaskRecord) -> None:
+        link = self._staff.links[worker.id]
+        call = task.handle
+        assert isinstance(call, Call)
+        call.future.worker_pid = worker.pid
+        if not link.channel.send_call(task.id, call.payload, call.buffers):
+            self._reception.watch_writing(link)
+
+    def _wake_for_deadline(self) -> None:
+        deadline = self.core.next_deadline()
+        if deadline is not None and deadline < self._sleeps_until and threading.get_ident() != self._thread_id:
+            self._sleeps_until = deadline
+            self._reactor.wake()
+
+    # -- the manager thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._thread_id = threading.get_ident()
+        try:
+            while not self._is_finished:
+                self._turn()
+        except BaseException as error:  # a defect of ours: fail what waits, end, and never hang
+            self._fail(error)
+
+    def _turn(self) -> None:
+        with self.lock:
+            deadline = self.core.next_deadline()
+            self._sleeps_until = float("inf") if deadline is None else deadline
+            seconds = 0.0 if self._cold or self._reception.has_events else None
+        if seconds is None and deadline is not None:
+            seconds = deadline - time.monotonic()
+        stderr = self._reception.stderr
+        if stderr.is_waiting:
+            seconds = _STDERR_RETRY if seconds is None else min(seconds, _STDERR_RETRY)
+            stderr.push()
+        for callback in self._reactor.wait(seconds):
+            callback()
+        with self.lock:
+            self._sleeps_until = 0.0
+            now = time.monotonic()
+            self._reception.tell_core(now)
+            if self._is_dropped and not self.core.is_closing:
+                self.core.shutdown(now, cancel_futures=False)
+            self.core.tick(now)
+            self._take(now)
+        while self._cold:
+            self._perform(self._cold.popleft())
+
+    def _feed(self, event: Event) -> None:
+        """Tell the core of something now."""
+        with self.lock:
+            now = time.monotonic()
+            event(now)
+            self._take(now)
+
+    # -- performing ----------------------------------------------------------------------------------------------
+
+    def _perform(self, action: act.Action) -> None:
+        match action:
+            case (_, task, is_value, payload):
+                self._resolve(task, is_value, payload)
+            case act.SampleWorker(worker):
+                link = self._staff.links.get(worker.id)
+                reading = None if link is None else link.sample()
+                self._feed(lambda now: self.core.worker_sampled(now, worker, reading))
+            case act.SampleHost():
+                self._sample_host()
+            case act.Spawn(worker):
+                self._spawn(worker)
+            case act.RoomFreed():
+                with self.lock:
+                    self._room.notify_all()
+            case act.BreakerChanged(old, new, reason):
+                self._breaker_changed(old, new, reason)
+            case act.Warn(message):
+                log.warning("%s", message)
+            case act.Close():
+                self._finish()
+            case act.Retire() | act.Kill() | act.AskToStop() | act.DumpStack() | act.Revoke() | act.Collect():
+                link = self._staff.links.get(action.worker.id)
+                if link is not None:
+                    self._perform_on(link, action)
+            case _:
+                raise InternalError(f"the core asked for {action!r}, and nobody performs that")
+
+    def _perform_on(
+        self, link: Link, action: act.Retire | act.Kill | act.AskToStop | act.DumpStack | act.Revoke | act.Collect
+    ) -> None:
+        match action:
+            case act.Retire():
+                with self.lock:
+                    self._reactor.unwatch(link.channel.calls_fd)
+                    link.channel.end_calls()
+            case act.Kill():
+                link.kill()
+            case act.AskToStop(_, task, wants_stack):
+                link.channel.ask_to_stop(task.id, wants_stack=wants_stack)
+            case act.DumpStack():
+                link.signal(signal.SIGUSR1)
+            case act.Collect():
+                with self.lock:
+                    if not link.channel.send_collect():
+                        self._reception.watch_writing(link)
+            case act.Revoke():
+                self._revoke(link)
+
+    def _resolve(self, task: TaskRecord, is_value: bool, payload: object) -> None:
+        call = self._call_of(task)
+        if call is not None:
+            call.future.settle(is_value, payload)
+
+    def _sample_host(self) -> None:
+        reading = self._host.read()
+        host = HostState(
+            total_bytes=reading.total_bytes,
+            available_bytes=reading.available_bytes,
+            cpu_percent=reading.cpu_percent,
+            pressure_percent=reading.pressure_some_avg10,
+            source=reading.limit_source,
+        )
+        self._feed(lambda now: self.core.host_sampled(now, host, os.cpu_count() or 1))
+
+    def _spawn(self, worker: WorkerRecord) -> None:
+        channel = None
+        try:
+            channel = Channel()
+            link = Link(worker, channel, self._staff.keeper_for_spawn())
+        except OSError as error:
+            if channel is not None:
+                channel.close()
+            failure = WorkerExit(exit_code=None, story=f"{type(error).__name__}: {error}")
+            self._feed(lambda now: self.core.worker_exited(now, worker, failure))
+            return
+        with self.lock:
+            self._staff.links[worker.id] = link
+            if not channel.send_init(*self._initializer):
+                self._reception.watch_writing(link)
+        self._reception.watch(link)
+        self._staff.hand_over(link)
+
+    def _revoke(self, link: Link) -> None:
+        """Take back what waits behind a call that takes its time, and what that worker had finished before it."""
+        self._reception.take_unsent(link)
+        with self.lock:
+            now = time.monotonic()
+            self._reception.tell_core(now)
+            self._take_backlog_back(now, link)
+            self._take(now)
+
+    def _breaker_changed(self, old: str, new: str, reason: str) -> None:
+        level = logging.INFO if new == "closed" else logging.WARNING
+        log.log(level, "circuit breaker %s: %s", new, reason or "recovered")
+        for listener in list(self.listeners):
+            try:
+                listener(old, new, reason)
+            except Exception:
+                log.exception("a listener of the circuit breaker raised")
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        self._is_finished = True
+        self._staff.close()
+        self._reactor.close()
+
+    def _fail(self, error: BaseException) -> None:
+        """The handler of last resort."""
+        log.critical("the manager thread of pool %s failed", self.name, exc_info=error)
+        with self.lock:
+            resolved = [action for action in self._cold if type(action) is tuple]
+            self._cold.clear()
+            internal = InternalError(
+                f"agentpool failed: {type(error).__name__}: {error}. This is a defect: please report it",
+                story=self.core.story(),
+            )
+            internal.__cause__ = error
+            self.core.broken = internal
+            self.core.is_closing = True
+            self._room.notify_all()
+        for _, task, is_value, payload in resolved:  # type: ignore[misc]  # calls are never cold
+            self._resolve(task, bool(is_value), payload)
+        for task in list(self._open.values()):
+            self._resolve(task, False, fresh(internal))
+        self._finish()

@@ -1,0 +1,228 @@
+"""What arrives: results, standard error, the keeper's words, deaths. All of it becomes events for the core.
+
+Reading happens outside the pool's lock, in the manager thread, which alone may call this module; an event is a
+function of `now` that the manager calls under the lock, in order of arrival. Errors of tasks are rebuilt here, outside
+the lock, as that runs code of their classes; values are not rebuilt at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Final
+
+from agentpool.core.records import TaskRecord
+from agentpool.core.scheduler import Scheduler
+from agentpool.io.reactor import Reactor
+from agentpool.io.stderr import Forwarder
+from agentpool.runtime import outcomes
+from agentpool.runtime.links import Link, Staff
+from agentpool_worker import protocol
+from agentpool_worker.protocol import Frame, ProtocolError
+
+__all__ = ["Event", "Reception"]
+
+log = logging.getLogger("agentpool")
+
+Event = Callable[[float], None]
+
+_ERRORS: Final = frozenset({protocol.ERROR, protocol.CALL_FAILED, protocol.RESULT_FAILED})
+
+
+class Reception:
+    """Reads from all workers and from the keeper."""
+
+    def __init__(self, core: Scheduler, reactor: Reactor) -> None:
+        self._core = core
+        self._reactor = reactor
+        self._staff = Staff(core.settings, reactor, self._keeper_spoke)
+        self.stderr = Forwarder()
+        self._events: list[Event] = []
+
+    @property
+    def staff(self) -> Staff:
+        """The keeper and the links that are read from."""
+        return self._staff
+
+    @property
+    def has_events(self) -> bool:
+        """There is something to tell the core."""
+        return bool(self._events)
+
+    def tell_core(self, now: float) -> None:
+        """Under the lock: feed what arrived, in order."""
+        events, self._events = self._events, []
+        for event in events:
+            event(now)
+
+    def watch(self, link: Link) -> None:
+        """Read from this worker from now on."""
+        self._reactor.watch(link.channel.results_fd, lambda: self._read_results(link))
+        self._reactor.watch(link.channel.stderr_fd, lambda: self._read_stderr(link))
+
+    def watch_writing(self, link: Link) -> None:
+        """Any thread, under the lock: go on writing to this worker when it has read some."""
+        self._reactor.watch_writing(link.channel.calls_fd, lambda: self._events.append(lambda _: self._flush(link)))
+
+    def _flush(self, link: Link) -> None:
+        if link.channel.flush():
+            self._reactor.unwatch_writing(link.channel.calls_fd)
+
+    def take_unsent(self, link: Link) -> None:
+        """Take the results that a worker holds back while it runs a call."""
+        for frame in link.channel.unsent_results():
+            self._receive(link, frame)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _read_results(self, link: Link) -> None:
+        try:
+            frames, is_ended = link.channel.read_results()
+        except ProtocolError as error:
+            self._distrust(link, error)
+            return
+        if is_ended:
+            self._reactor.unwatch(link.channel.results_fd)
+        for frame in frames:
+            self._receive(link, frame)
+
+    def _distrust(self, link: Link, error: ProtocolError) -> None:
+        """Somebody wrote into the worker's descriptors: nothing from it can be believed any more."""
+        log.error("worker %s (pid %s) sent %s; it is killed", link.worker.id, link.pid, error)
+        self._reactor.unwatch(link.channel.results_fd)
+        link.channel.stderr_tail += f"\n[agentpool: its results pipe was corrupted: {error}]".encode()
+        link.kill()
+
+    def _receive(self, link: Link, frame: Frame) -> None:
+        """Turn a frame into an event. Errors are rebuilt here, outside the lock: that runs code of their classes."""
+        kind, worker, core = frame.kind, link.worker, self._core
+        if kind == protocol.VALUE:
+            payload: object = outcomes.Encoded(frame.payload, frame.buffers)
+            self._events.append(lambda now: self._finished(now, link, frame, True, payload))
+        elif kind in _ERRORS:
+            error = outcomes.decode_error(frame)
+            self._events.append(lambda now: self._finished(now, link, frame, False, error))
+        elif kind == protocol.READY:
+            self._events.append(lambda now: core.worker_ready(now, worker, frame.task_id, frame.x * 1024))
+        elif kind == protocol.SKIPPED:
+            self._events.append(lambda now: self._skipped(now, link, frame))
+        elif kind == protocol.COLLECTED:
+            self._events.append(lambda now: core.worker_collected(now, worker))
+        elif kind == protocol.STOPPING:
+            self._events.append(lambda now: self._stop_acknowledged(now, link, frame))
+        elif kind == protocol.AGENT_SET_UP:
+            self._events.append(lambda now: core.agent_set_up(now, worker, frame.x * 1024))
+        elif kind == protocol.INIT_FAILED:
+            failure = outcomes.initializer_error(frame)
+            self._events.append(lambda now: core.initializer_failed(now, worker, failure))
+
+    def _task_of(self, link: Link, task_id: int) -> TaskRecord | None:
+        head = link.worker.running
+        if head is not None and head.id == task_id:
+            return head
+        return next((task for task in link.worker.backlog if task.id == task_id), None)
+
+    def _finished(self, now: float, link: Link, frame: Frame, is_value: bool, payload: object) -> None:
+        task = self._task_of(link, frame.task_id)
+        link.channel.finished(frame.task_id)
+        if task is None:
+            return  # seen before, in the outbox or the pipe
+        policy = task.spec.policy
+        if is_value and policy is not None and policy.sees_results:
+            assert isinstance(payload, outcomes.Encoded)
+            payload = payload.rebuild()
+        self._core.task_finished(
+            now,
+            link.worker,
+            task,
+            is_value=is_value,
+            payload=payload,
+            seconds=frame.x / 1e6,
+            rss_bytes=frame.y * 1024,
+            peak_bytes=frame.z * 1024,
+        )
+
+    def _skipped(self, now: float, link: Link, frame: Frame) -> None:
+        if not link.channel.is_current(frame.task_id, frame.x):
+            return  # taken back, which the worker was told by no more than its own look at the page
+        task = self._task_of(link, frame.task_id)
+        link.channel.finished(frame.task_id)
+        if task is not None:
+            self._core.task_skipped(now, link.worker, task)
+
+    def _stop_acknowledged(self, now: float, link: Link, frame: Frame) -> None:
+        task = self._task_of(link, frame.task_id)
+        if task is not None:
+            wants_stack = task.stop is not None and task.stop.is_timeout
+            self._core.stop_acknowledged(now, link.worker, task, link.channel.report() if wants_stack else "")
+
+    def _read_stderr(self, link: Link) -> None:
+        data = link.channel.read_stderr()
+        if data:
+            self.stderr.push(data)
+        else:
+            self._reactor.unwatch(link.channel.stderr_fd)
+
+    # -- the keeper ----------------------------------------------------------------------------------------------
+
+    def _keeper_spoke(self) -> None:
+        keeper = self._staff.keeper
+        if keeper is None:
+            return
+        try:
+            for what, worker_id, detail, pidfd in keeper.messages():
+                self._keeper_said(what, worker_id, detail, pidfd)
+        except EOFError:
+            self._keeper_lost()
+
+    def _keeper_said(self, what: str, worker_id: int, detail: int | str, pidfd: int | None) -> None:
+        link = self._staff.links.get(worker_id)
+        if link is None:
+            if pidfd is not None:
+                os.close(pidfd)
+        elif what == "spawned":
+            assert isinstance(detail, int)
+            pid = detail
+            link.spawned(pid, pidfd)
+            self._events.append(lambda now: self._core.worker_spawned(now, link.worker, pid))
+        elif what == "exited":
+            link.exit_code = detail if isinstance(detail, int) else None
+            self._observe_death(link)
+        else:
+            link.channel.stderr_tail += str(detail).encode()
+            self._observe_death(link)
+
+    def _observe_death(self, link: Link, *, keeper_lost: bool = False) -> None:
+        """Take all that the dead worker had sent, or could not send any more; only then is it gone."""
+        if self._staff.links.get(link.worker.id) is not link:
+            return
+        try:
+            frames, is_ended = link.channel.read_results()
+            while frames and not is_ended:
+                for frame in frames:
+                    self._receive(link, frame)
+                frames, is_ended = link.channel.read_results()
+            for frame in (*frames, *link.channel.unsent_results()):
+                self._receive(link, frame)
+        except ProtocolError as error:
+            link.channel.stderr_tail += f"\n[agentpool: its results pipe was corrupted: {error}]".encode()
+        while data := link.channel.read_stderr():
+            self.stderr.push(data)
+        self._events.append(lambda now: self._worker_gone(now, link, keeper_lost))
+
+    def _worker_gone(self, now: float, link: Link, keeper_lost: bool) -> None:
+        if self._staff.links.pop(link.worker.id, None) is link:
+            exit_ = link.exit(keeper_lost=keeper_lost)
+            link.close(self._reactor)
+            self._core.worker_exited(now, link.worker, exit_)
+
+    def _keeper_lost(self) -> None:
+        log.error("the keeper process died; its workers die with it, and a new one is started")
+        for link in self._staff.keeper_lost():
+            if link.pidfd is None:
+                self._observe_death(link, keeper_lost=True)
+            else:
+                # The kernel kills it now, as its parent is dead; its pidfd tells when that is done.
+                link.kill()
+                self._reactor.watch(link.pidfd, lambda link=link: self._observe_death(link, keeper_lost=True))  # type: ignore[misc]

@@ -1,0 +1,107 @@
+"""A pool's state as plain data, for reports. Any thread may ask; the lock is held while the records are read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from agentpool.config import MB
+from agentpool.core.records import WorkerRecord
+from agentpool.core.transitions import WorkerState
+
+if TYPE_CHECKING:
+    from agentpool.runtime.manager import Manager
+
+__all__ = ["pool_stats"]
+
+_STATUS = {
+    WorkerState.STARTING: "starting",
+    WorkerState.IDLE: "idle",
+    WorkerState.BUSY: "busy",
+    WorkerState.CHECKING: "idle",
+    WorkerState.RETIRING: "recycling",
+    WorkerState.KILLED: "recycling",
+}
+
+
+def pool_stats(manager: Manager) -> dict[str, Any]:
+    """See `AgentPool.get_pool_stats`."""
+    with manager.lock:
+        now = time.monotonic()
+        core = manager.core
+        workers = [_worker_stats(worker, now) for worker in core.workers.values()]
+        breaker = core.breaker
+        reasons = list(core.governor.reasons.values())
+        if breaker.reason and breaker.reason not in reasons:
+            reasons.append(breaker.reason)
+        if core.broken is not None:
+            reasons.insert(0, str(core.broken))
+        by_status = {"busy": 0, "idle": 0}
+        for worker in workers:
+            by_status[worker["status"]] = by_status.get(worker["status"], 0) + 1
+        return {
+            "name": manager.name,
+            "status": _status(manager, bool(reasons)),
+            "reasons": reasons,
+            "total_agents": core.live,
+            "max_pool_size": core.settings.max_workers,
+            "max_concurrent": core.concurrency,
+            "agents_by_status": by_status,
+            "queue_length": core.queue_length,
+            "running": core.active,
+            "waiting_to_retry": len(core.waiting),
+            "memory_mb": round(core.pool_bytes / MB, 1),
+            "uptime_seconds": round(now - manager.started_at, 1),
+            "thresholds": _thresholds(manager),
+            "counters": asdict(core.counters),
+            "workers": workers,
+            "circuit_breaker": {
+                "state": breaker.state.label,
+                "failure_count": breaker.failure_count(now),
+                "reason": breaker.reason,
+            },
+        }
+
+
+def _status(manager: Manager, has_reasons: bool) -> str:
+    if manager.core.broken is not None:
+        return "broken"
+    if manager.core.is_closing:
+        return "closed"
+    return "degraded" if has_reasons else "ok"
+
+
+def _worker_stats(worker: WorkerRecord, now: float) -> dict[str, Any]:
+    task = worker.running
+    return {
+        "id": worker.id,
+        "pid": worker.pid,
+        "status": _STATUS[worker.state],
+        "memory_mb": round(worker.rss_bytes / MB, 1),
+        "processes": worker.processes,
+        "tasks_done": worker.tasks_done,
+        "task": None if task is None else task.spec.name or f"task {task.id}",
+        "age_seconds": round(now - worker.spawned_at, 1),
+    }
+
+
+def _thresholds(manager: Manager) -> dict[str, Any]:
+    settings = manager.core.settings
+    host = manager.core.governor.host
+    alert, critical = settings.alert_bytes, settings.critical_bytes
+    floor = settings.min_available_mb
+    if floor is None and host is not None:
+        floor = manager.core.governor.floor_bytes(host) / MB
+    return {
+        "memory_limit_mb": settings.memory_limit_mb,
+        "memory_growth_mb": settings.memory_growth_mb,
+        "hard_memory_limit_mb": settings.hard_memory_limit_mb,
+        "alert_memory_mb": None if alert is None else alert / MB,
+        "critical_memory_mb": None if critical is None else critical / MB,
+        "min_available_mb": None if floor is None else round(floor, 1),
+        "cpu_threshold_percent": settings.cpu_threshold_percent,
+        "pressure_threshold": settings.pressure_threshold,
+        "idle_timeout": settings.idle_timeout,
+        "max_pending": settings.max_pending,
+    }
