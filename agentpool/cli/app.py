@@ -1,0 +1,120 @@
+"""The commands put together. Imports typer; what a command needs beyond that is imported when it runs.
+
+Errors that a user can cure are one line and exit code 2; a defect shows its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Final
+
+import typer
+
+from agentpool import __version__
+from agentpool.cli.health import health
+from agentpool.cli.orchestrate import orchestrate
+from agentpool.cli.run import SETTINGS, USAGE, run
+from agentpool.cli.terminal import UsageProblem, give_up_output, message
+from agentpool.errors import SettingsError
+
+__all__ = ["run_app"]
+
+_USAGE_ERROR: Final = 2
+
+_EXAMPLES: Final = """\b
+Examples:
+  agentpool orchestrate "Review this code" --path src
+  agentpool run -j 4 -- gzip -9 {} ::: *.log
+  agentpool health
+"""
+
+_RUN_EXAMPLES: Final = """\b
+Arguments come from each ::: list (several give every combination), from the
+files of -a and ::::, or else from the lines of standard input.
+
+\b
+In COMMAND, {} is the argument, {.} without its extension, {/} its last path
+component, {//} its directory, {/.} its last component without extension, {#}
+the job's number, {1} {2} {1/} the argument of one source, and with --jsonl
+{name} a field. Without any of these the argument is appended.
+
+\b
+Exit code: the number of failed jobs, 101 for more than 100; 2: a wrong
+command line; 130: interrupted. Output is kept apart per job. With
+--keep-order at most 1000 jobs wait for one that is slow.
+
+\b
+Examples:
+  agentpool run -j 4 -- gzip -9 {} ::: *.log
+  find . -name '*.png' -print0 | agentpool run -0 -- optipng {}
+  agentpool run --timeout 60 --retries 2 -k -- curl -sS {} < urls.txt
+  agentpool run --joblog log --resume -- ./train {1} {2} ::: 0.1 0.01 ::: 1 2 3
+  agentpool run --jsonl -- git clone {url} {name} < repositories.jsonl
+  agentpool run --shell -- 'sort {} | uniq -c > {.}.count' ::: *.txt
+"""
+
+_ORCHESTRATE_EXAMPLES: Final = """\b
+Exit code: 0 when every agent succeeded, 1 when one failed, 2: a wrong
+command line, 130: interrupted.
+
+\b
+Examples:
+  agentpool orchestrate "Review this code" --path src
+  agentpool orchestrate "Write tests" --path src --out tests/generated
+  agentpool orchestrate "Review" --path . --agent security-analyst --json
+"""
+
+app = typer.Typer(
+    name="agentpool",
+    help="Run agents, each in its own pooled process, and keep the machine alive while they misbehave.",
+    epilog=_EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain text: brackets in help texts are not markup, and what is printed can be searched and piped.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"agentpool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("orchestrate", epilog=_ORCHESTRATE_EXAMPLES)(orchestrate)
+app.command("run", epilog=_RUN_EXAMPLES, options_metavar=USAGE, context_settings=SETTINGS)(run)
+app.command("health")(health)
+
+
+def run_app(args: list[str]) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        app(args=args, prog_name="agentpool")
+    except SystemExit as end:  # typer ends every command with it
+        return _flushed(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except (UsageProblem, SettingsError) as error:
+        message(str(error))
+        return _USAGE_ERROR
+    except BrokenPipeError:
+        return give_up_output()
+    raise AssertionError("typer returned without an exit code")
+
+
+def _flushed(code: int) -> int:
+    """Empties the output's buffer here, where a reader that went away can still be answered quietly."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return give_up_output()
+    return code
