@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import pickle
 import sys
 import threading
@@ -200,7 +201,9 @@ class AgentPool(_Submitting):
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        given: dict[str, Any] = {**settings, "start_method": _start_method(mp_context)}
+        given: dict[str, Any] = {**settings}
+        if mp_context is not None:
+            given["start_method"] = _start_method(mp_context)
         if max_tasks_per_child is not None:
             given["max_tasks_per_child"] = max_tasks_per_child
         self.settings = PoolSettings.make(max_workers, **given)
@@ -324,8 +327,8 @@ class PoolView(_Submitting):
 
 
 def _start_method(context: Any) -> str:
-    method = context if isinstance(context, str) or context is None else context.get_start_method()
-    if method not in (None, "fork", "forkserver", "spawn"):
+    method = context if isinstance(context, str) else context.get_start_method()
+    if method not in ("fork", "forkserver", "spawn"):
         raise SettingsError(f"mp_context must be fork, forkserver, spawn or a context of these, got {context!r}")
     return "spawn" if method == "spawn" else "fork"
 
@@ -395,9 +398,15 @@ def _pickling_error(
             where = unpicklable.find(value, name, attempt) or name
             break
     what = f"{where} cannot be pickled" if where else "the call cannot be pickled"
+    cure = (
+        "Locks and queues of multiprocessing reach only children that multiprocessing itself starts: use those of a "
+        "multiprocessing.Manager()"
+        if "through inheritance" in str(error)
+        else "Send plain data and make such objects inside the task, or once per worker in an initializer or an "
+        "agent's setup()"
+    )
     failure = TaskPicklingError(
-        f"{what}, so it cannot be sent to a worker: {type(error).__name__}: {error}. Send plain data and make such "
-        "objects inside the task, or once per worker in an initializer or an agent's setup()"
+        f"{what}, so it cannot be sent to a worker: {type(error).__name__}: {error}. {cure}"
     )
     failure.__cause__ = error
     return failure
@@ -407,6 +416,15 @@ def _pickling_error(
 
 _shared: AgentPool | None = None
 _shared_lock = threading.Lock()
+
+
+def _forget_shared_pool() -> None:
+    """In a forked child: the pool is the parent's, and its lock may have been held."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_shared_pool)
 
 
 def get_agent_pool() -> AgentPool:

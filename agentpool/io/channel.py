@@ -37,6 +37,8 @@ __all__ = ["Channel"]
 STDERR_TAIL: Final = 4096
 #: Read from one worker in one turn, in bytes, so that one flood does not starve the others.
 _TURN: Final = 4 * 1024 * 1024
+#: A read that brings less than a pipe holds has emptied it.
+_PIPE_FULL: Final = 64 * 1024
 _MAX_REPORT: Final = 256 * 1024
 
 
@@ -218,11 +220,14 @@ class Channel:
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def read_results(self) -> tuple[list[Frame], bool]:
-        """All whole frames that can be had now, and whether the end of file was reached. Raises ProtocolError."""
+    def read_results(self, *, is_last: bool = False) -> tuple[list[Frame], bool]:
+        """The whole frames that can be had now, and whether the end of file was reached. Raises ProtocolError.
+
+        is_last: the worker is dead; read all that is there, however much. Otherwise one turn's worth.
+        """
         frames: list[Frame] = []
         taken = 0
-        while taken < _TURN:
+        while is_last or taken < _TURN:
             try:
                 count = self._reader.read_from(self.results_fd)
             except BlockingIOError:
@@ -231,7 +236,7 @@ class Channel:
                 return frames, True
             taken += count
             frames.extend(self._reader.frames())
-            if count < 65536 and self._reader.is_between_frames:
+            if count < _PIPE_FULL and self._reader.is_between_frames and not is_last:
                 return frames, False  # a short read: the pipe is empty, and another read would only tell so
         return frames, False
 

@@ -23,11 +23,15 @@ import agentpool_worker
 __all__ = ["KeeperClient", "KeeperMessage", "send"]
 
 _MAX_MESSAGE: Final = 128 * 1024
+#: Looks for orphans at most: one that forks while it is being looked for is seen the next time.
+_SWEEPS: Final = 20
 #: (what, worker id, pid | exit code | text, pidfd or None)
 KeeperMessage = tuple[str, int, int | str, int | None]
 
+_MARK: Final = "AGENTPOOL_KEEPER"
+
 _PROGRAM: Final = (
-    "import sys; sys.path.insert(0, sys.argv[3]); from agentpool_worker import keeper; keeper.main(sys.argv)"
+    "import sys; sys.path.append(sys.argv[3]); from agentpool_worker import keeper; keeper.main(sys.argv)"
 )
 
 
@@ -35,9 +39,13 @@ class KeeperClient:
     """One keeper process. It lives until `stop`, or until it dies; then make another."""
 
     def __init__(self, setup: Mapping[str, object]) -> None:
+        if not sys.executable:
+            raise OSError("sys.executable is not set, so no interpreter is known to start workers with; set it")
         kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM) if sys.platform == "linux" else socket.SOCK_STREAM
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, kind)
         self._outgoing: deque[tuple[bytes, Sequence[int]]] = deque()
+        #: in the environment of the keeper and of everything below it
+        self._mark = f"{os.getpid()}-{os.urandom(8).hex()}"
         try:
             self._process = subprocess.Popen(
                 [
@@ -52,7 +60,7 @@ class KeeperClient:
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=dict(os.environ),  # a copy: another thread may change it at any time
+                env={**os.environ, _MARK: self._mark},  # a copy: another thread may change it at any time
                 start_new_session=True,
             )
         except BaseException:
@@ -127,10 +135,61 @@ class KeeperClient:
             self._process.kill()  # its workers die with it
             self._process.wait()
 
+    def kill_orphans(self) -> int:
+        """After the keeper itself was lost: kill what its dead workers left behind, found by its environment.
+
+        Returns how many. The keeper does this better while it lives: as a subreaper, it misses none.
+        """
+        mark = f"{_MARK}={self._mark}".encode()
+        killed = 0
+        for _ in range(_SWEEPS):
+            found = [pid for pid in _all_pids() if mark in _environment(pid).split(b"\0")]
+            if not found:
+                break
+            for pid in found:
+                killed += _kill_marked(pid, mark)
+        return killed
+
+    @property
+    def exit_code(self) -> int | None:
+        """How the keeper ended, negative for a signal; None: it lives, or `stop` was not called."""
+        return self._process.returncode
+
     def abandon(self) -> None:
         """In a forked copy of the parent: let go of the socket; the keeper is not ours."""
         self._socket.close()
         self._process.returncode = 0  # or Popen would complain that it was not waited for
+
+
+def _all_pids() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:  # no procfs
+        return []
+
+
+def _environment(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # gone, or not ours
+        return b""
+
+
+def _kill_marked(pid: int, mark: bytes) -> int:
+    """SIGKILL a process by a descriptor taken before its mark was seen: no other one can be hit."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return 0
+    try:
+        if mark not in _environment(pid).split(b"\0"):
+            return 0
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except OSError:
+        return 0
+    finally:
+        os.close(pidfd)
+    return 1
 
 
 def send(pidfd: int | None, pid: int, number: int) -> None:

@@ -90,9 +90,11 @@ class Reactor:
         return due
 
     def close(self) -> None:
-        """Give back the descriptors."""
+        """Give back the descriptors. May be called twice."""
         if self._epoll is not None:
             self._epoll.close()
         self._is_woken = True  # wake() writes no more
-        for descriptor in (self._wake_read, self._wake_write):
-            os.close(descriptor)
+        if self._wake_read >= 0:
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._wake_read = self._wake_write = -1

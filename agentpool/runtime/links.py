@@ -40,7 +40,7 @@ class Link:
     def spawned(self, pid: int, pidfd: int | None) -> None:
         """The keeper has forked it."""
         self.pid, self.pidfd = pid, pidfd
-        self.sampler = TreeSampler(pid)
+        self.sampler = self.sampler or TreeSampler(pid)
         if self.is_kill_wanted:
             self.kill()
 
@@ -53,6 +53,12 @@ class Link:
         """Signal the worker itself, if it lives."""
         if self.pid is not None:
             processes.send(self.pidfd, self.pid, number)
+
+    def baseline_bytes(self, pid: int, own_bytes: int) -> int:
+        """What the fresh worker uses, what its initializer or agent started included. `own_bytes`: its own word."""
+        self.sampler = self.sampler or TreeSampler(pid)
+        reading = self.sampler.read()
+        return own_bytes if reading is None else reading.rss_bytes
 
     def sample(self) -> TreeState | None:
         """Measure its tree; None: it is gone, or not there yet."""
@@ -146,6 +152,7 @@ class Staff:
             return []
         self._reactor.unwatch(keeper.fileno())
         keeper.stop()
+        keeper.kill_orphans()
         return [link for link in self.links.values() if link.keeper is keeper]
 
     def close(self) -> None:

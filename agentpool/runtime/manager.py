@@ -103,6 +103,7 @@ class Manager:
         self.check_open()
         task = TaskRecord(next(self._task_ids), spec, call, call_key)
         with self.lock:
+            self._start_if_open()  # before the task is accepted: where no thread can be had, nothing is lost
             while True:
                 now = time.monotonic()
                 try:
@@ -115,8 +116,6 @@ class Manager:
                     self._room.wait()
                 except PoolClosedError as error:
                     raise PoolClosedError(f"{error}{self._stop_reason}") from None
-            if self._thread is None:
-                self._start()
             self._take(now)
             self._wake_for_deadline()
         return task
@@ -134,17 +133,19 @@ class Manager:
         if self.core.is_closing:
             raise PoolClosedError(f"cannot schedule new futures after shutdown{self._stop_reason}")
 
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"agentpool-manager-{self.name}", daemon=True)
-        self._thread.start()
+    def _start_if_open(self) -> None:
+        """Under the lock: have a manager thread."""
+        if self._thread is None and not self._is_finished:
+            self._thread = threading.Thread(target=self._run, name=f"agentpool-manager-{self.name}", daemon=True)
+            self._thread.start()
 
     def start(self) -> None:
         """Start the floor of workers (`min_workers`) without waiting for a task."""
         with self.lock:
-            if self._thread is None and not self.core.is_closing:
-                self._start()
-            self.core.start(time.monotonic())
-            self._take(time.monotonic())
+            now = time.monotonic()
+            self._start_if_open()
+            self.core.start(now)
+            self._take(now)
 
     def cancel(self, task: TaskRecord) -> bool:
         """Withdraw a task that has not begun. True: it will not run, and its future is the caller's to settle."""
@@ -223,7 +224,9 @@ class Manager:
     def drop(self) -> None:
         """Nobody holds the pool any more: finish what was accepted, then end. Takes no lock: a finalizer calls it."""
         self._is_dropped = True
-        if not self._is_finished:
+        if self._thread is None and not self._is_finished:
+            self._finish()
+        elif not self._is_finished:
             self._reactor.wake()
 
     def _settle_cancelled(self, tasks: Sequence[TaskRecord]) -> None:
@@ -245,6 +248,7 @@ class Manager:
         """Open the breaker by hand."""
         with self.lock:
             now = time.monotonic()
+            self._start_if_open()
             self.core.force_open(now, reason)
             self._take(now)
 
@@ -252,6 +256,7 @@ class Manager:
         """Close the breaker by hand."""
         with self.lock:
             now = time.monotonic()
+            self._start_if_open()
             self.core.reset_breaker(now)
             self._take(now)
 
@@ -411,7 +416,7 @@ class Manager:
         try:
             channel = Channel()
             link = Link(worker, channel, self._staff.keeper_for_spawn())
-        except OSError as error:
+        except Exception as error:  # out of descriptors or processes, no interpreter, ...: a failed start
             if channel is not None:
                 channel.close()
             failure = WorkerExit(exit_code=None, story=f"{type(error).__name__}: {error}")

@@ -27,6 +27,9 @@ log = logging.getLogger("agentpool")
 
 Event = Callable[[float], None]
 
+#: Reads of a dead worker's standard error: a descendant that still holds it may write for ever.
+_LAST_WORDS: Final = 16
+
 _ERRORS: Final = frozenset({protocol.ERROR, protocol.CALL_FAILED, protocol.RESULT_FAILED})
 
 
@@ -104,7 +107,8 @@ class Reception:
             error = outcomes.decode_error(frame)
             self._events.append(lambda now: self._finished(now, link, frame, False, error))
         elif kind == protocol.READY:
-            self._events.append(lambda now: core.worker_ready(now, worker, frame.task_id, frame.x * 1024))
+            baseline = link.baseline_bytes(frame.task_id, frame.x * 1024)
+            self._events.append(lambda now: core.worker_ready(now, worker, frame.task_id, baseline))
         elif kind == protocol.SKIPPED:
             self._events.append(lambda now: self._skipped(now, link, frame))
         elif kind == protocol.COLLECTED:
@@ -112,7 +116,8 @@ class Reception:
         elif kind == protocol.STOPPING:
             self._events.append(lambda now: self._stop_acknowledged(now, link, frame))
         elif kind == protocol.AGENT_SET_UP:
-            self._events.append(lambda now: core.agent_set_up(now, worker, frame.x * 1024))
+            baseline = link.baseline_bytes(worker.pid or 0, frame.x * 1024)
+            self._events.append(lambda now: core.agent_set_up(now, worker, baseline))
         elif kind == protocol.INIT_FAILED:
             failure = outcomes.initializer_error(frame)
             self._events.append(lambda now: core.initializer_failed(now, worker, failure))
@@ -198,16 +203,14 @@ class Reception:
         if self._staff.links.get(link.worker.id) is not link:
             return
         try:
-            frames, is_ended = link.channel.read_results()
-            while frames and not is_ended:
-                for frame in frames:
-                    self._receive(link, frame)
-                frames, is_ended = link.channel.read_results()
+            frames, _ = link.channel.read_results(is_last=True)
             for frame in (*frames, *link.channel.unsent_results()):
                 self._receive(link, frame)
         except ProtocolError as error:
             link.channel.stderr_tail += f"\n[agentpool: its results pipe was corrupted: {error}]".encode()
-        while data := link.channel.read_stderr():
+        for _ in range(_LAST_WORDS):
+            if not (data := link.channel.read_stderr()):
+                break
             self.stderr.push(data)
         self._events.append(lambda now: self._worker_gone(now, link, keeper_lost))
 

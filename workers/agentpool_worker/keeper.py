@@ -110,13 +110,11 @@ class Keeper:
         try:
             import multiprocessing.process
 
-            import cloudpickle  # noqa: F401  # so that workers share its pages
+            import agentpool_worker.byvalue  # imported here, so that workers share its pages
+            import agentpool_worker.main  # noqa: F401
 
             # Proxies of the parent's multiprocessing managers, as arguments, authenticate with the parent's key.
             multiprocessing.process.current_process().authkey = setup["authkey"]
-
-            import agentpool_worker.main  # noqa: F401
-
             for name in setup["preload"]:
                 __import__(name)
         except BaseException:
@@ -206,7 +204,7 @@ class Keeper:
         os.pwrite(descriptors[-1], marshal.dumps(self._setup), REPORT)
         options = sys.orig_argv[1 : sys.orig_argv.index("-c")]  # those that the parent's interpreter runs with
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        program = f"import sys; sys.path.insert(0, {root!r}); from agentpool_worker import main; main.main(sys.argv)"
+        program = f"import sys; sys.path.append({root!r}); from agentpool_worker import main; main.main(sys.argv)"
         words = [sys.executable, *options, "-c", program, str(worker_id), *map(str, descriptors)]
         os.execv(sys.executable, words)
 
@@ -226,25 +224,31 @@ class Keeper:
                 self._tell(("exited", worker_id, os.waitstatus_to_exitcode(status)))
         for pid in _children():
             if pid not in self._workers:
-                # Our child, and not waited for: the pid cannot be anybody else's.
-                os.kill(pid, signal.SIGKILL)
+                _kill_child(pid)
 
     def _end(self) -> None:
         """Kill everything below, and end. Each killed process hands us its own children, until there are none."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         pids = set(self._workers)
         while True:
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+            killed = [_kill_child(pid) for pid in pids]
+            if not any(killed):
+                os._exit(0)  # what is left, if anything, is not ours to kill
             try:
                 pid, _ = os.waitpid(-1, 0)
             except ChildProcessError:
                 os._exit(0)
             self._workers.pop(pid, None)
             pids = set(_children()) | set(self._workers)
+
+
+def _kill_child(pid: int) -> bool:
+    """SIGKILL a child. It has not been waited for, so that the pid cannot be anybody else's. False: we may not."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except (PermissionError, ProcessLookupError):  # it became another user's; without procfs: it is gone
+        return False
+    return True
 
 
 def _children() -> list[int]:

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from types import CoroutineType
 from typing import Any, Final, Protocol
 
 from agentpool_worker import context, protocol
@@ -186,11 +185,7 @@ class Worker:
                 raise context.TaskCancelled("asked to stop before it began")
             function, args, kwargs = protocol.loads(frame.payload, buffers=frame.buffers)
             stage = protocol.ERROR
-            value = function(*args, **kwargs)
-            if type(value) is CoroutineType:
-                import asyncio
-
-                value = asyncio.run(value)
+            value = protocol.finish(function(*args, **kwargs))
             stage = protocol.RESULT_FAILED
             payload, buffers = protocol.dumps(value)
             self._interruptible = 0
@@ -265,11 +260,11 @@ def _describe(error: BaseException, skip: int = 0, where: str = "") -> tuple[byt
         trace = trace.tb_next if trace is not None and trace.tb_next is not None else trace
     try:
         text = "".join(traceback.format_exception(type(error), error, trace))
-    except Exception as failure:  # a user's __str__ may raise
+    except BaseException as failure:  # a user's __str__ may raise, or exit
         text = f"{type(error).__qualname__} (its traceback cannot be formatted: {type(failure).__name__})\n"
     try:
         message = str(error)
-    except Exception as failure:
+    except BaseException as failure:
         message = f"(its message cannot be made: {type(failure).__name__})"
     pickled, why = _pickle_error(error)
     name = f"{type(error).__module__}.{type(error).__qualname__}"

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from struct import Struct
+from types import CoroutineType
 from typing import Any, Final, NamedTuple
 
 MAGIC: Final = 0xA6E7
@@ -103,6 +104,8 @@ def _split(header: tuple[int, ...], body: bytes | bytearray) -> Frame:
     if not count:
         return Frame(kind, flags, task_id, x, y, z, body, ())
     view = memoryview(body)
+    if count * _SIZE.size > len(view):
+        raise ProtocolError("the table of buffers of a frame is longer than the frame")
     sizes = [_SIZE.unpack_from(view, index * _SIZE.size)[0] for index in range(count)]
     position = count * _SIZE.size
     payload_length = len(view) - position - sum(sizes)
@@ -212,7 +215,7 @@ def dumps(value: object, *, by_reference: bool = False) -> tuple[bytes, list[mem
     """
     if by_reference or is_simple(value):
         return pickle.dumps(value, 5), []
-    import cloudpickle
+    from agentpool_worker import byvalue
 
     buffers: list[memoryview] = []
 
@@ -227,7 +230,7 @@ def dumps(value: object, *, by_reference: bool = False) -> tuple[bytes, list[mem
         return False
 
     with BytesIO() as file:
-        cloudpickle.Pickler(file, protocol=5, buffer_callback=keep_in_band).dump(value)
+        byvalue.Pickler(file, buffer_callback=keep_in_band).dump(value)
         return file.getvalue(), buffers
 
 
@@ -239,7 +242,16 @@ loads: Final[Callable[..., Any]] = pickle.loads
 
 def run_chunk(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Any]:
     """Several calls of `map` as one task."""
-    return [function(*arguments) for arguments in items]
+    return [finish(function(*arguments)) for arguments in items]
+
+
+def finish(value: Any) -> Any:
+    """What a call returned; a coroutine is run to its end."""
+    if type(value) is not CoroutineType:
+        return value
+    import asyncio
+
+    return asyncio.run(value)
 
 
 def run_agent(kind: str | type, prompt: str, kwargs: dict[str, Any]) -> Any:

@@ -58,9 +58,9 @@ def find(value: Any, name: str, dumps: Callable[[Any], Any]) -> str:
                 continue
             try:
                 dumps(part)
-            except RecursionError:
-                return f"{path}{step} (nested too deeply)"
-            except BaseException:  # whatever its __reduce__ raises: that is the part that is looked for
+            except BaseException as error:  # whatever its __reduce__ raises: that is the part that is looked for
+                if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
+                    return f"{path}{step} (nested too deeply)"
                 path, value = path + step, part
                 break
         else:
