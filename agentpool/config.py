@@ -270,13 +270,13 @@ class TaskOptionsDict(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
-    """What one task asks for. None means: as the pool says.
+    """What one task asks for. An option that is not given is the pool's; None means no limit.
 
     timeout: seconds it may run. queue_timeout: seconds it may wait in the queue, retries' waits not counted.
     retry: attempts for a lost worker (a whole number), or a tenacity policy.
     priority: higher goes first; 0 by default; equal ones in order of submission.
     key: tasks with the same key prefer the worker that ran the last one.
-    memory_limit_mb, hard_memory_limit_mb: as in `PoolSettings`, for this task.
+    memory_limit_mb, hard_memory_limit_mb: as in `PoolSettings`, for this task; None: as the pool says.
     name: shown in reports. block: whether `submit` waits for room where `max_pending` is set.
     """
 

@@ -327,7 +327,7 @@ class PoolView(_Submitting):
 
 
 def _start_method(context: Any) -> str:
-    method = context if isinstance(context, str) else context.get_start_method()
+    method = context if isinstance(context, str) else getattr(context, "get_start_method", lambda: None)()
     if method not in ("fork", "forkserver", "spawn"):
         raise SettingsError(f"mp_context must be fork, forkserver, spawn or a context of these, got {context!r}")
     return "spawn" if method == "spawn" else "fork"

@@ -204,6 +204,6 @@ def _retry_policy(retries: int) -> tenacity.Retrying | None:
 
     return tenacity.Retrying(
         stop=tenacity.stop_after_attempt(retries + 1),
-        wait=tenacity.wait_exponential_jitter(initial=0.1, max=10.0, jitter=0.1),
+        wait=tenacity.wait_exponential(multiplier=0.1, max=10.0) + tenacity.wait_random(0, 0.1),
         retry=tenacity.retry_if_exception(lambda error: not isinstance(error, CancelledError)),
     )

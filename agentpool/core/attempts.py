@@ -305,8 +305,15 @@ class Attempts(Upkeep):
         self._is_dirty = True
 
     def _consider_failing(self, now: float) -> None:
-        """While shutting down nobody waits for a breaker that only a hand can close."""
-        if self.breaker.state is BreakerState.FORCED_OPEN and not self.live and not self.active:
+        """While shutting down nobody waits for a breaker that only a hand can close, or for starts that fail.
+
+        For memory it does wait: that comes back when others end.
+        """
+        breaker = self.breaker
+        is_hopeless = breaker.state is BreakerState.FORCED_OPEN or (
+            breaker.state is BreakerState.OPEN and not breaker.holds
+        )
+        if is_hopeless and not self.live and not self.active:
             for task in [*self.queue.clear(), *self.isolated]:
                 self._resolve(task, False, self._circuit_open(now, task))
             self.isolated.clear()

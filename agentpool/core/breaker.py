@@ -39,7 +39,7 @@ class Breaker:
         self.holds: dict[str, str] = {}
         #: a start that HALF_OPEN admitted is in flight
         self.is_probing = False
-        #: when OPEN becomes HALF_OPEN, holds permitting
+        #: when OPEN becomes HALF_OPEN, holds permitting; -inf while no failed starts keep it from being closed
         self.retry_at = -math.inf
         #: (old, new, reason), taken by the scheduler for the listeners
         self.changes: list[tuple[BreakerState, BreakerState, str]] = []
@@ -78,6 +78,7 @@ class Breaker:
         self.is_probing = False
         if self.state is _HALF_OPEN:
             self._failures.clear()
+            self.retry_at = -math.inf
             self._open_seconds = self.settings.open_seconds
             self._move(_CLOSED, "")
 
@@ -112,20 +113,25 @@ class Breaker:
             self.reason = reason  # the figures in it are fresher
 
     def release(self, name: str, now: float) -> None:
-        """The named condition is over. With the last one a probe is admitted, unless failed starts keep it open."""
+        """The named condition is over. With the last one it closes, unless failed starts had opened it as well.
+
+        A probe would prove nothing about memory: the readings that ended the hold did.
+        """
         if self.holds.pop(name, None) is None or self.state is not _OPEN:
             return
         if self.holds:
             self.reason = next(iter(self.holds.values()))
+        elif self.retry_at == -math.inf:
+            self._move(_CLOSED, "")
         elif self.retry_at <= now:
-            self._move(_HALF_OPEN, "memory suffices again; one worker is tried")
+            self._move(_HALF_OPEN, "memory suffices again, and one worker is tried")
         else:
             self.reason = self._failure_reason
 
     def tick(self, now: float) -> None:
         """OPEN becomes HALF_OPEN when its time is over and nothing holds it."""
         if self.state is _OPEN and not self.holds and now >= self.retry_at:
-            self._move(_HALF_OPEN, "waiting time is over; one worker is tried")
+            self._move(_HALF_OPEN, "waiting time is over, and one worker is tried")
 
     def deadline(self) -> float | None:
         """When `tick` would change something; None: not by time."""

@@ -259,8 +259,8 @@ class Crew(ABC):
         self._failures_in_a_row = 0
         self.breaker.start_succeeded(is_probe=worker.is_probe)
         worker.is_probe = False
+        self.pool_bytes += rss_bytes - worker.rss_bytes
         worker.rss_bytes = rss_bytes
-        self.pool_bytes += rss_bytes
         self.governor.pool_sampled(now, self.pool_bytes)
         self._note_breaker(now)
         self._rebase(worker, rss_bytes)

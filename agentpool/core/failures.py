@@ -67,8 +67,13 @@ def exit_words(exit_: WorkerExit) -> str:
 
 def start_words(worker: WorkerRecord, exit_: WorkerExit) -> str:
     """Why a worker never became ready, as a person would say it."""
-    words = f"a worker {worker.reason}" if worker.reason else f"a worker {exit_words(exit_)} before it was ready"
     last_words = (exit_.story or exit_.stderr_tail).strip()[-500:]
+    if worker.reason:
+        words = f"a worker {worker.reason}"
+    elif exit_.exit_code is None and not exit_.keeper_lost:
+        words = "a worker could not be started"
+    else:
+        words = f"a worker {exit_words(exit_)} before it was ready"
     return words + (f": {last_words}" if last_words else "")
 
 
@@ -149,11 +154,11 @@ def memory_limit(task: TaskRecord, worker: WorkerRecord, limit_bytes: int, why: 
     if len(samples) > 1:
         (t0, b0), (t1, b1) = samples[0], samples[-1]
         growth = f", it grew by {(b1 - b0) / MB:.0f} MB in the last {t1 - t0:.2f} s"
-    text = why or f"its hard memory limit of {limit_bytes / MB:.0f} MB"
+    what = f"{why}, and it was the biggest" if why else f"it passed its hard memory limit of {limit_bytes / MB:.0f} MB"
+    cure = "Raise critical_memory_mb" if why else "Allow it more with pool.options(hard_memory_limit_mb=...)"
     return MemoryLimitError(
-        f"{_task_words(task)} was stopped: {'' if why else 'it passed '}{text}; its process tree had "
-        f"{worker.rss_bytes / MB:.0f} MB{growth}. Allow it more with pool.options(hard_memory_limit_mb=...) or run "
-        "fewer tasks at once",
+        f"{_task_words(task)} was stopped: {what}; its process tree had {worker.rss_bytes / MB:.0f} MB{growth}. "
+        f"{cure}, or run fewer tasks at once",
         limit_bytes=limit_bytes,
         peak_rss_bytes=max(task.peak_rss_bytes, worker.rss_bytes),
         samples=samples,

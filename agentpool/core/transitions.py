@@ -73,8 +73,8 @@ TASK_TRANSITIONS: Final[Mapping[TaskState, Mapping[TaskState, str]]] = {
     },
     _T.RUNNING: {
         _T.RESOLVED: "its result or error arrived, or its worker was lost",
-        _T.WAITING_RETRY: "failed, and its retry policy says again; or its worker was lost before it began",
-        _T.STOPPING: "timeout, kill or memory limit: asked to stop",
+        _T.WAITING_RETRY: "failed and its retry policy says again, or its worker was lost before it began",
+        _T.STOPPING: "asked to stop by a timeout, a kill or a memory limit",
         _T.QUEUED: "its worker passed over it, and it had not begun",
     },
     _T.STOPPING: {
@@ -103,14 +103,14 @@ WORKER_TRANSITIONS: Final[Mapping[WorkerState, Mapping[WorkerState, str]]] = {
     },
     _W.BUSY: {
         _W.IDLE: "its last task ended",
-        _W.CHECKING: "its last task ended; its memory is looked at",
+        _W.CHECKING: "its last task ended and its memory is looked at",
         _W.RETIRING: "its last task ended and it is to be recycled",
         _W.KILLED: "its task would not stop, or passed the hard memory limit",
         _W.GONE: "died",
     },
     _W.CHECKING: {
         _W.IDLE: "within its limit",
-        _W.RETIRING: "over its limit, twice, garbage collected; or shutdown",
+        _W.RETIRING: "over its limit, twice, garbage collected, or shutdown",
         _W.KILLED: "does not answer, or the pool stops",
         _W.GONE: "died",
     },
@@ -129,7 +129,7 @@ BREAKER_TRANSITIONS: Final[Mapping[BreakerState, Mapping[BreakerState, str]]] = 
     },
     _B.OPEN: {
         _B.HALF_OPEN: "the waiting time is over and memory suffices",
-        _B.CLOSED: "reset()",
+        _B.CLOSED: "memory suffices again and no failed starts had opened it, or reset()",
         _B.FORCED_OPEN: "force_open()",
     },
     _B.HALF_OPEN: {
