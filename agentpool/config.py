@@ -5,7 +5,6 @@ Units are in the names: `_mb` is 1024 x 1024 bytes, times are seconds. The libra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
@@ -31,6 +30,9 @@ IDEMPOTENT_ATTEMPTS: Final = 3
 #: A task that killed this many workers is quarantined.
 QUARANTINE_AFTER: Final = 3
 
+#: No setting is larger: 30,000 years, or more memory than any machine has.
+_LARGEST: Final = 1e12
+
 CpuPolicy = Literal["report", "throttle"]
 StartMethod = Literal["fork", "spawn"]
 
@@ -40,22 +42,25 @@ def _check(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
-def _positive(name: str, value: float | None, *, zero: bool = False) -> None:
-    if value is None:
+def _positive(name: str, value: float | None, *, zero: bool = False, none: bool = False) -> None:
+    if value is None and none:
         return
-    _check(
-        not isinstance(value, bool) and isinstance(value, (int, float)) and (value >= 0 if zero else value > 0),
-        f"{name} must be {'zero or more' if zero else 'greater than 0'}, got {value!r}",
-    )
-    _check(value < math.inf, f"{name} must be finite, got {value!r}; for no limit, say None where that is allowed")
+    least = "zero or more" if zero else "greater than 0"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _check(is_number, f"{name} must be a number, {least}{' (or None)' if none else ''}, got {value!r}")
+    assert value is not None
+    _check(value >= 0 if zero else value > 0, f"{name} must be {least}, got {value!r}")
+    cure = "; for no limit, say None" if none else ""
+    _check(value <= _LARGEST, f"{name} must be finite and at most {_LARGEST:g}, got {value!r:.40}{cure}")
 
 
-def _whole(name: str, value: int | None, *, least: int) -> None:
-    if value is None:
+def _whole(name: str, value: int | None, *, least: int, none: bool = False) -> None:
+    if value is None and none:
         return
     _check(isinstance(value, int) and not isinstance(value, bool), f"{name} must be a whole number, got {value!r}")
-    _check(value >= least, f"{name} must be at least {least}, got {value}" if least != 1
-           else f"{name} must be greater than 0, got {value}")
+    assert value is not None
+    words = "greater than 0" if least == 1 else f"at least {least}"
+    _check(value >= least, f"{name} must be {words}, got {value}")
 
 
 def _hard_above_soft(hard_mb: float | None, soft_mb: float | None) -> None:
@@ -173,15 +178,16 @@ class PoolSettings:
 
     def __post_init__(self) -> None:
         _whole("max_workers", self.max_workers, least=1)
-        _whole("max_concurrent", self.max_concurrent, least=1)
+        _whole("max_concurrent", self.max_concurrent, least=1, none=True)
         _whole("min_workers", self.min_workers, least=0)
-        _whole("max_pending", self.max_pending, least=1)
-        _whole("max_tasks_per_child", self.max_tasks_per_child, least=1)
-        for name in ("memory_limit_mb", "memory_growth_mb", "hard_memory_limit_mb", "idle_timeout", "cleanup_interval",
-                     "alert_memory_mb", "critical_memory_mb", "cpu_threshold_percent", "pressure_threshold",
-                     "task_timeout", "queue_timeout", "start_timeout"):
+        _whole("max_pending", self.max_pending, least=1, none=True)
+        _whole("max_tasks_per_child", self.max_tasks_per_child, least=1, none=True)
+        for name in ("memory_limit_mb", "memory_growth_mb", "hard_memory_limit_mb", "idle_timeout", "alert_memory_mb",
+                     "critical_memory_mb", "task_timeout", "queue_timeout"):
+            _positive(name, getattr(self, name), none=True)
+        for name in ("cleanup_interval", "cpu_threshold_percent", "pressure_threshold", "start_timeout"):
             _positive(name, getattr(self, name))
-        _positive("min_available_mb", self.min_available_mb, zero=True)
+        _positive("min_available_mb", self.min_available_mb, zero=True, none=True)
         _positive("kill_grace", self.kill_grace, zero=True)
         _check(self.cpu_policy in ("report", "throttle"),
                f"cpu_policy must be 'report' or 'throttle', got {self.cpu_policy!r}")
@@ -189,6 +195,8 @@ class PoolSettings:
                f"start_method must be 'fork' or 'spawn', got {self.start_method!r}")
         _check(isinstance(self.preload, tuple) and all(isinstance(name, str) for name in self.preload),
                f"preload must be a sequence of module names, got {self.preload!r}")
+        _check(isinstance(self.breaker, BreakerSettings),
+               f"breaker must be a BreakerSettings(...), got {self.breaker!r}")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -292,11 +300,13 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         for name in ("timeout", "queue_timeout", "memory_limit_mb", "hard_memory_limit_mb"):
-            _positive(name, getattr(self, name))
+            _positive(name, getattr(self, name), none=True)
         _hard_above_soft(self.hard_memory_limit_mb, self.memory_limit_mb)
         _check(isinstance(self.priority, int) and not isinstance(self.priority, bool),
                f"priority must be a whole number, got {self.priority!r}")
         _check(self.key is None or isinstance(self.key, str), f"key must be a string, got {self.key!r}")
+        _check(self.name is None or isinstance(self.name, str), f"name must be a string, got {self.name!r}")
+        _check(isinstance(self.block, bool), f"block must be True or False, got {self.block!r}")
 
     def updated(self, given: Mapping[str, Any]) -> TaskOptions:
         """These options with some replaced. Raises SettingsError for an unknown name."""

@@ -201,6 +201,8 @@ class AgentPool(_Submitting):
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
+        if name is not None and not isinstance(name, str):
+            raise SettingsError(f"name must be a string, got {name!r}")
         given: dict[str, Any] = {**settings}
         if mp_context is not None:
             given["start_method"] = _start_method(mp_context)

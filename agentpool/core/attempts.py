@@ -205,14 +205,14 @@ class Attempts(Upkeep):
         elif self.doom is not None:
             self._resolve(task, False, failures.fresh(self.doom))
         else:
-            error = failures.crashed(task, worker, exit_)
+            tell = failures.crashed
             self.counters.crashed += 1
             if not is_blameless:
                 task.kills += 1
                 task.is_isolated = True
                 if task.kills >= QUARANTINE_AFTER:
-                    error = failures.quarantined(task, error)
-            self._attempt_ended(now, task, False, error)
+                    tell = failures.quarantined
+            self._attempt_ended(now, task, False, tell(task, worker, exit_))
 
     def _dispatch_backoff(self, now: float, task: TaskRecord) -> float:
         seconds = backoff_seconds(task.dispatch_failures, self.rng)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from typing import TypeVar
 
 from agentpool.config import MB
 from agentpool.core.records import TaskRecord, WorkerExit, WorkerRecord
@@ -31,6 +32,8 @@ __all__ = [
     "start_words",
     "task_timeout",
 ]
+
+C = TypeVar("C", bound=WorkerCrashedError)
 
 
 def fresh(error: BaseException) -> BaseException:
@@ -88,33 +91,31 @@ def _tail(exit_: WorkerExit) -> str:
 
 def crashed(task: TaskRecord, worker: WorkerRecord, exit_: WorkerExit) -> WorkerCrashedError:
     """The worker died under a task that had begun; `worker.reason` is set where the pool itself killed it."""
-    peak = max(task.peak_rss_bytes, worker.rss_bytes)
-    how = f"was stopped ({worker.reason})" if worker.reason else exit_words(exit_)
-    cure = (
+    verdict = (
         "It is not run again, because it had begun; where running it twice is harmless, allow that with "
         "pool.options(retry=3)."
         if task.spec.policy is None
         else f"Attempt {task.attempts}; its retry policy decides."
     )
-    return WorkerCrashedError(
+    return _crash(WorkerCrashedError, task, worker, exit_, verdict)
+
+
+def quarantined(task: TaskRecord, worker: WorkerRecord, exit_: WorkerExit) -> QuarantinedError:
+    """The task killed too many workers."""
+    verdict = f"It killed {task.kills} workers by now, and is not run again, whatever its retry policy says."
+    return _crash(QuarantinedError, task, worker, exit_, verdict)
+
+
+def _crash(cls: type[C], task: TaskRecord, worker: WorkerRecord, exit_: WorkerExit, verdict: str) -> C:
+    peak = max(task.peak_rss_bytes, worker.rss_bytes)
+    how = f"was stopped ({worker.reason})" if worker.reason else exit_words(exit_)
+    return cls(
         f"the worker (pid {worker.pid}) {how} while it ran {_task_words(task)}; "
-        f"peak memory {peak / MB:.0f} MB. Other tasks are not affected. {cure}{_tail(exit_)}",
+        f"peak memory {peak / MB:.0f} MB. Other tasks are not affected. {verdict}{_tail(exit_)}",
         exit_code=exit_.exit_code,
         peak_rss_bytes=peak,
         stderr_tail=exit_.stderr_tail,
         worker_pid=worker.pid,
-    )
-
-
-def quarantined(task: TaskRecord, last: WorkerCrashedError) -> QuarantinedError:
-    """The task killed too many workers."""
-    return QuarantinedError(
-        f"{_task_words(task)} killed {task.kills} workers and is not run again, whatever its retry policy says. "
-        f"The last time: {last}",
-        exit_code=last.exit_code,
-        peak_rss_bytes=last.peak_rss_bytes,
-        stderr_tail=last.stderr_tail,
-        worker_pid=last.worker_pid,
     )
 
 

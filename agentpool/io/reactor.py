@@ -13,6 +13,8 @@ __all__ = ["Reactor"]
 
 _READ = select.POLLIN | select.POLLHUP | select.POLLERR
 _WRITE = select.POLLOUT
+#: poll takes 24 days at most; to wait an hour and look again does no harm.
+_LONGEST = 3600.0
 
 
 class Reactor:
@@ -72,11 +74,13 @@ class Reactor:
 
     def wait(self, seconds: float | None) -> list[Callable[[], None]]:
         """Block until something is due; returns the callbacks to call. None: without limit."""
+        if seconds is not None:
+            seconds = min(max(0.0, seconds), _LONGEST)
         if self._epoll is not None:
-            events = self._epoll.poll(-1 if seconds is None else max(0.0, seconds))
+            events = self._epoll.poll(-1 if seconds is None else seconds)
         else:
             assert self._poll is not None
-            events = self._poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
+            events = self._poll.poll(None if seconds is None else seconds * 1000)
         due = []
         for descriptor, mask in events:
             if descriptor == self._wake_read:

@@ -200,7 +200,7 @@ class Manager:
             cancelled = self.core.shutdown(now, cancel_futures=cancel_futures)
             self._room.notify_all()
             self._take(now)
-            self._reactor.wake() if not self._is_finished else None
+            self._reactor.wake()
         self._settle_cancelled(cancelled)
         self._join(wait)
 
@@ -216,7 +216,7 @@ class Manager:
             cancelled = self.core.stop_all(now, error)
             self._room.notify_all()
             self._take(now)
-            self._reactor.wake() if not self._is_finished else None
+            self._reactor.wake()
         self._settle_cancelled(cancelled)
         self._join(wait)
         return (workers, len(cancelled), active)
