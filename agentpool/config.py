@@ -119,6 +119,11 @@ class PoolOptions(TypedDict, total=False):
     kill_grace: float
     preload: tuple[str, ...]
     breaker: BreakerSettings
+    start_method: StartMethod
+    env: Mapping[str, str] | None
+    env_allow: tuple[str, ...] | None
+    cwd: str | None
+    core_dumps: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +154,11 @@ class PoolSettings:
     preload: modules that the keeper imports once, before it forks workers.
     breaker: see `BreakerSettings`.
     start_method: "fork" (by the keeper) or "spawn" (a fresh interpreter per worker, started by the keeper).
+    env: environment variables that workers get beside this process's own, or instead of them.
+    env_allow: names, or patterns as `fnmatch` has them, of this process's variables that workers may see; None: all.
+        Everything else, secrets included, is withheld; `env` is added afterwards.
+    cwd: working directory of workers; None: this process's when the pool starts its first worker.
+    core_dumps: whether a crashing worker may write one, as far as this process's limits allow.
     """
 
     max_workers: int = DEFAULT_MAX_WORKERS
@@ -175,6 +185,10 @@ class PoolSettings:
     preload: tuple[str, ...] = ()
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     start_method: StartMethod = "fork"
+    env: Mapping[str, str] | None = None
+    env_allow: tuple[str, ...] | None = None
+    cwd: str | None = None
+    core_dumps: bool = False
 
     def __post_init__(self) -> None:
         _whole("max_workers", self.max_workers, least=1)
@@ -195,6 +209,12 @@ class PoolSettings:
                f"start_method must be 'fork' or 'spawn', got {self.start_method!r}")
         _check(isinstance(self.preload, tuple) and all(isinstance(name, str) for name in self.preload),
                f"preload must be a sequence of module names, got {self.preload!r}")
+        _check(self.env is None or all(type(n) is str and type(v) is str for n, v in self.env.items()),
+               "env must map names to strings, and one of its names or values is none")
+        _check(self.env_allow is None or (isinstance(self.env_allow, tuple) and
+                                          all(isinstance(name, str) for name in self.env_allow)),
+               f"env_allow must be a sequence of names or patterns, got {self.env_allow!r}")
+        _check(self.cwd is None or isinstance(self.cwd, str), f"cwd must be a path as a string, got {self.cwd!r}")
         _check(isinstance(self.breaker, BreakerSettings),
                f"breaker must be a BreakerSettings(...), got {self.breaker!r}")
         self._check_together()
@@ -257,8 +277,9 @@ class PoolSettings:
         hard_mb = given.get("hard_memory_limit_mb")
         if isinstance(hard_mb, (int, float)) and 0 < hard_mb < DEFAULT_MEMORY_LIMIT_MB:
             given.setdefault("memory_limit_mb", hard_mb)
-        if isinstance(given.get("preload"), (list, set, frozenset)):
-            given["preload"] = tuple(given["preload"])
+        for name in ("preload", "env_allow"):
+            if isinstance(given.get(name), (list, set, frozenset)):
+                given[name] = tuple(given[name])
         return cls(**given)
 
 

@@ -15,12 +15,13 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
 import agentpool_worker
 
-__all__ = ["KeeperClient", "KeeperMessage", "send"]
+__all__ = ["KeeperClient", "KeeperMessage", "environment", "send"]
 
 _MAX_MESSAGE: Final = 128 * 1024
 #: Looks for orphans at most: one that forks while it is being looked for is seen the next time.
@@ -36,9 +37,12 @@ _PROGRAM: Final = (
 
 
 class KeeperClient:
-    """One keeper process. It lives until `stop`, or until it dies; then make another."""
+    """One keeper process. It lives until `stop`, or until it dies; then make another.
 
-    def __init__(self, setup: Mapping[str, object]) -> None:
+    It and all below it have this environment and start in this directory (None: this process's).
+    """
+
+    def __init__(self, setup: Mapping[str, object], environment: Mapping[str, str], cwd: str | None) -> None:
         if not sys.executable:
             raise OSError("sys.executable is not set, so no interpreter is known to start workers with; set it")
         kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM) if sys.platform == "linux" else socket.SOCK_STREAM
@@ -60,7 +64,8 @@ class KeeperClient:
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, _MARK: self._mark},  # a copy: another thread may change it at any time
+                env={**environment, _MARK: self._mark},
+                cwd=cwd,
                 start_new_session=True,
             )
         except BaseException:
@@ -159,6 +164,16 @@ class KeeperClient:
         """In a forked copy of the parent: let go of the socket; the keeper is not ours."""
         self._socket.close()
         self._process.returncode = 0  # or Popen would complain that it was not waited for
+
+
+def environment(added: Mapping[str, str] | None, allowed: Sequence[str] | None) -> dict[str, str]:
+    """This process's environment as it is now, without what is not allowed, and with what is added."""
+    inherited = dict(os.environ)  # at once: another thread may change it at any time
+    if allowed is not None:
+        inherited = {
+            name: value for name, value in inherited.items() if any(fnmatchcase(name, pattern) for pattern in allowed)
+        }
+    return {**inherited, **(added or {})}
 
 
 def _all_pids() -> list[int]:

@@ -109,6 +109,7 @@ class Staff:
             "argv": [word for word in sys.argv if isinstance(word, str)],
             "preload": list(self._settings.preload),
             "method": self._settings.start_method,
+            "core_dumps": self._settings.core_dumps,
             "authkey": bytes(multiprocessing.process.current_process().authkey),
         }
 
@@ -116,7 +117,8 @@ class Staff:
         """The keeper, started where there is none, told of changes of sys.path. Raises OSError."""
         setup = self._setup()
         if self.keeper is None:
-            self.keeper = KeeperClient(setup)
+            settings = self._settings
+            self.keeper = KeeperClient(setup, processes.environment(settings.env, settings.env_allow), settings.cwd)
             self._reactor.watch(self.keeper.fileno(), self._on_keeper)
         elif setup != self._told:
             self.keeper.set_up(setup)

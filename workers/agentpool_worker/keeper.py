@@ -162,6 +162,10 @@ class Keeper:
             if os.getppid() != self._pid:
                 os._exit(1)  # the keeper died before its death could have been signalled
             os.setsid()
+            if not self._setup["core_dumps"]:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
