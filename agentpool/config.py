@@ -35,6 +35,7 @@ _LARGEST: Final = 1e12
 
 CpuPolicy = Literal["report", "throttle"]
 StartMethod = Literal["fork", "spawn"]
+MemoryMetric = Literal["rss", "pss", "uss"]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -120,6 +121,7 @@ class PoolOptions(TypedDict, total=False):
     preload: tuple[str, ...]
     breaker: BreakerSettings
     start_method: StartMethod
+    memory_metric: MemoryMetric
     env: Mapping[str, str] | None
     env_allow: tuple[str, ...] | None
     cwd: str | None
@@ -154,6 +156,8 @@ class PoolSettings:
     preload: modules that the keeper imports once, before it forks workers.
     breaker: see `BreakerSettings`.
     start_method: "fork" (by the keeper) or "spawn" (a fresh interpreter per worker, started by the keeper).
+    memory_metric: what is counted against the limits, summed over a worker's process tree: "rss" (shared pages count in
+        each process), "pss" (a shared page is divided among those who share it) or "uss" (only what nobody shares).
     env: environment variables that workers get beside this process's own, or instead of them.
     env_allow: names, or patterns as `fnmatch` has them, of this process's variables that workers may see; None: all.
         Everything else, secrets included, is withheld; `env` is added afterwards.
@@ -185,6 +189,7 @@ class PoolSettings:
     preload: tuple[str, ...] = ()
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     start_method: StartMethod = "fork"
+    memory_metric: MemoryMetric = "rss"
     env: Mapping[str, str] | None = None
     env_allow: tuple[str, ...] | None = None
     cwd: str | None = None
@@ -207,6 +212,8 @@ class PoolSettings:
                f"cpu_policy must be 'report' or 'throttle', got {self.cpu_policy!r}")
         _check(self.start_method in ("fork", "spawn"),
                f"start_method must be 'fork' or 'spawn', got {self.start_method!r}")
+        _check(self.memory_metric in ("rss", "pss", "uss"),
+               f"memory_metric must be 'rss', 'pss' or 'uss', got {self.memory_metric!r}")
         _check(isinstance(self.preload, tuple) and all(isinstance(name, str) for name in self.preload),
                f"preload must be a sequence of module names, got {self.preload!r}")
         _check(self.env is None or all(type(n) is str and type(v) is str for n, v in self.env.items()),

@@ -30,8 +30,8 @@ DEFAULT_MIN_AVAILABLE: Final = 0.05
 class Governor:
     """What the last readings mean."""
 
-    __slots__ = ("_breaker", "_cpu_high", "_good_host", "_low_host", "_settings", "critical_since", "host",
-                 "others_cpu_percent", "reasons", "sampled_at")
+    __slots__ = ("_breaker", "_cpu_high", "_good_host", "_low_host", "_settings", "critical_reason",
+                 "critical_since", "host", "others_cpu_percent", "reasons", "sampled_at")
 
     def __init__(self, settings: PoolSettings, breaker: Breaker) -> None:
         self._settings = settings
@@ -43,6 +43,8 @@ class Governor:
         self.others_cpu_percent = 0.0
         #: since when all readings of the pool were above its critical memory; None: the last one was not
         self.critical_since: float | None = None
+        #: that, in words
+        self.critical_reason = ""
         self._low_host = 0
         self._good_host = 0
         self._cpu_high = 0
@@ -98,7 +100,8 @@ class Governor:
         if critical is not None and pool_bytes > critical:
             if self.critical_since is None:
                 self.critical_since = now
-            self._breaker.hold("critical", self._above(pool_bytes, "critical_memory_mb", critical))
+            self.critical_reason = self._above(pool_bytes, "critical_memory_mb", critical)
+            self._breaker.hold("critical", self.critical_reason)
         else:
             self.critical_since = None
             if critical is not None and pool_bytes <= critical / HYSTERESIS:

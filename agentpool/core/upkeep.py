@@ -64,7 +64,6 @@ class Upkeep(Crew):
             recycling.record_reading(worker, now, reading)
             self.governor.pool_sampled(now, self.pool_bytes)
             self._note_breaker(now)
-            self._govern_pool(now)
             task = worker.running
             if task is not None:
                 self._judge_running(now, worker, task)
@@ -72,6 +71,7 @@ class Upkeep(Crew):
                 self._judge_check(now, worker)
             elif worker.state is _IDLE and recycling.is_over_soft_limit(worker, worker.rss_bytes):
                 self._begin_check(now, worker, is_read=True)
+            self._govern_pool(now)
         worker.sample_interval = self._next_interval(worker)
         self._arm_sampling(worker, now + worker.sample_interval)
 
@@ -130,7 +130,7 @@ class Upkeep(Crew):
             # Readings flap: it is read once more before it is stopped for this.
             self._arm_sampling(victim, now + recycling.SAMPLE_FASTEST)
             return
-        self._stop_for_memory(now, victim, victim.running, critical, self.breaker.holds["critical"])
+        self._stop_for_memory(now, victim, victim.running, critical, self.governor.critical_reason)
 
     # -- recycling -----------------------------------------------------------------------------------------------
 
@@ -182,6 +182,7 @@ class Upkeep(Crew):
         self._pool_cpu = (now, cpu_seconds)
         self.governor.host_sampled(now, host, own)
         self._note_breaker(now)
+        self._govern_pool(now)
         self._watch_host(now)
         self._is_dirty = True
 

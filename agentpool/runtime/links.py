@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from agentpool.config import PoolSettings
+from agentpool.config import MemoryMetric, PoolSettings
 from agentpool.core.records import TreeState, WorkerExit, WorkerRecord
 from agentpool.io import processes
 from agentpool.io.channel import Channel
@@ -25,9 +25,10 @@ __all__ = ["Link", "Staff"]
 class Link:
     """One worker, as the manager sees it."""
 
-    __slots__ = ("channel", "exit_code", "is_kill_wanted", "keeper", "pid", "pidfd", "sampler", "worker")
+    __slots__ = ("_metric", "channel", "exit_code", "is_kill_wanted", "keeper", "pid", "pidfd", "sampler", "worker")
 
-    def __init__(self, worker: WorkerRecord, channel: Channel, keeper: KeeperClient) -> None:
+    def __init__(self, worker: WorkerRecord, channel: Channel, keeper: KeeperClient, metric: MemoryMetric) -> None:
+        self._metric = metric
         self.worker = worker
         self.channel = channel
         self.keeper = keeper
@@ -40,7 +41,7 @@ class Link:
     def spawned(self, pid: int, pidfd: int | None) -> None:
         """The keeper has forked it."""
         self.pid, self.pidfd = pid, pidfd
-        self.sampler = self.sampler or TreeSampler(pid)
+        self.sampler = self.sampler or TreeSampler(pid, self._metric)
         if self.is_kill_wanted:
             self.kill()
 
@@ -56,7 +57,7 @@ class Link:
 
     def baseline_bytes(self, pid: int, own_bytes: int) -> int:
         """What the fresh worker uses, what its initializer or agent started included. `own_bytes`: its own word."""
-        self.sampler = self.sampler or TreeSampler(pid)
+        self.sampler = self.sampler or TreeSampler(pid, self._metric)
         reading = self.sampler.read()
         return own_bytes if reading is None else reading.rss_bytes
 

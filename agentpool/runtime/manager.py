@@ -415,7 +415,7 @@ class Manager:
         channel = None
         try:
             channel = Channel()
-            link = Link(worker, channel, self._staff.keeper_for_spawn())
+            link = Link(worker, channel, self._staff.keeper_for_spawn(), self.core.settings.memory_metric)
         except Exception as error:  # out of descriptors or processes, no interpreter, ...: a failed start
             if channel is not None:
                 channel.close()
