@@ -1,0 +1,90 @@
+# agentpool: `make demo` and `make test` are all that a new clone needs. Wants Python 3.11 or later with venv, and make.
+#
+#   PYTHON=/path/to/python3.12   the interpreter that a new environment is made with; otherwise the first that works
+#   VENV=folder                  another environment than .venv
+#   OUT=folder                   where the demo writes the tests that it generates
+#   PYTEST_ARGS="-x -k name"     handed to pytest
+
+VENV ?= .venv
+OUT ?= generated-tests
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test setup lint types core coverage conformance core313 conformance313 python313 clean
+
+# Prints the first interpreter of the versions $(1) that runs and can make an environment. A name on PATH proves nothing:
+# pyenv's shims exist for versions that are not selected, and Debian's python3 comes without venv.
+find_python = for version in $(1); do \
+	  IFS=:; for folder in $$PATH:$$HOME/.pyenv/shims; do unset IFS; \
+	    for candidate in "$$folder/python$$version" "$${folder%/shims}"/versions/"$$version".*/bin/"python$$version"; do \
+	      [ -x "$$candidate" ] && "$$candidate" -c 'import ensurepip, sys, venv; \
+	        assert sys.version_info >= (3, 11); print(sys.executable)' 2>/dev/null && exit 0; \
+	    done; \
+	  done; \
+	done; true
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@python="$(PYTHON)"; [ -n "$$python" ] || python="$$($(call find_python,3.11 3.12 3.13 3))"; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.11 or later with venv was found on PATH; name one: make PYTHON=/path/to/python3" >&2; exit 1; \
+	fi; \
+	echo "making $(VENV) with $$python"; "$$python" -m venv "$(VENV)"
+
+# The stamps are newer than pyproject.toml where the environment has what it asks for: a second call installs nothing.
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	@echo "installing agentpool and what its tests need into $(VENV)"
+	@$(PIP) install --editable '.[test]'
+	@touch $(VENV)/.installed-all $@
+
+# Only one of the two is needed: `test` includes `all`.
+$(VENV)/.installed-all: pyproject.toml | $(BIN)/python
+	@echo "installing agentpool into $(VENV)"
+	@$(PIP) install --editable '.[all]'
+	@touch $@
+
+demo: $(VENV)/.installed-all ## three real agents review the installed tenacity package
+	$(BIN)/agentpool orchestrate "Review this code" \
+	  --path "$$($(BIN)/python -c 'import os, tenacity; print(os.path.dirname(tenacity.__file__))')" --out "$(OUT)"
+
+test: $(VENV)/.installed-test ## the whole suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+setup: $(VENV)/.installed-test ## make the environment, with what the tests need
+
+lint: $(VENV)/.installed-test ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-test ## mypy, strict, both packages
+	$(BIN)/mypy
+
+core: $(VENV)/.installed-test ## the tests that start no process
+	$(BIN)/python -m pytest tests/unit tests/property $(PYTEST_ARGS)
+
+coverage: $(VENV)/.installed-test ## branch coverage of the core by those tests
+	$(BIN)/python -m pytest tests/unit tests/property --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
+conformance: $(VENV)/.installed-test ## CPython's own executor tests, where this interpreter or AGENTPOOL_CPYTHON_SUITE has them
+	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)
+
+# `make -s python313` prints a Python 3.13, or nothing.
+python313:
+	@$(call find_python,3.13)
+
+core313: ## the tests that start no process, on Python 3.13 where PATH or pyenv has it
+core313 conformance313:
+	@python="$$($(call find_python,3.13))"; \
+	if [ -z "$$python" ]; then echo "skipped: no Python 3.13 with venv on PATH or in pyenv"; exit 0; fi; \
+	$(MAKE) --no-print-directory VENV=.venv-3.13 PYTHON="$$python" $(@:313=)
+
+conformance313: ## CPython 3.13's own executor tests
+
+clean: ## remove the environments, caches and what the demo wrote
+	rm -rf .venv .venv-3.13 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov build dist generated-tests
+	find agentpool workers tests stress -name __pycache__ -type d -prune -exec rm -rf {} +
