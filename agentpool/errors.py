@@ -37,8 +37,7 @@ __all__ = [
 
 
 def _rebuild(cls: type[AgentPoolError], args: tuple[object, ...], state: Mapping[str, object]) -> AgentPoolError:
-    error = cls.__new__(cls, *args)
-    error.args = args
+    error = cls(*map(str, args))  # not cls.__new__: MemoryError's refuses to make a subclass
     error.__dict__.update(state)
     return error
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from agentpool.core.transitions import TaskState
-from agentpool.errors import ResultUnpicklingError
-from agentpool.runtime.outcomes import Encoded
+from agentpool.runtime.outcomes import Encoded, unpickling_error
 
 if TYPE_CHECKING:
     from agentpool.core.records import TaskRecord
@@ -172,12 +171,7 @@ class AgentFuture(Future[T]):
         try:
             value, failure = encoded.rebuild(), None
         except BaseException as error:  # user code; SystemExit in it must not end the reader
-            value = None
-            failure = ResultUnpicklingError(
-                "the task returned, but its result could not be rebuilt in this process: "
-                f"{type(error).__name__}: {error}"
-            )
-            failure.__cause__ = error
+            value, failure = None, unpickling_error(error)
         with self._condition:
             if self._result is encoded:  # the first of several readers; all get one object
                 self._result = cast(T, value)

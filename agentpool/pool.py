@@ -353,6 +353,7 @@ def _serialize(fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     if (
         type(fn) is FunctionType
         and (fn in _by_reference or _is_found_by_name(fn))
+        and not _is_sent_by_value(fn.__module__)
         and protocol.is_simple(args)
         and (not kwargs or protocol.is_simple(kwargs))
     ):
@@ -365,7 +366,7 @@ def _serialize(fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 def _is_found_by_name(fn: FunctionType) -> bool:
     """Does a worker find this very function in its module? Remembered if so: such a function lives on anyway."""
-    if fn.__module__ == "__main__" or fn.__module__ in _sent_by_value():
+    if fn.__module__ == "__main__":
         return False
     found: object = sys.modules.get(fn.__module__ or "")
     for part in fn.__qualname__.split("."):
@@ -378,10 +379,10 @@ def _is_found_by_name(fn: FunctionType) -> bool:
     return True
 
 
-def _sent_by_value() -> set[str]:
-    """Modules that the user registered with cloudpickle.register_pickle_by_value."""
+def _is_sent_by_value(module: str) -> bool:
+    """Did the user say cloudpickle.register_pickle_by_value(module)?"""
     cloudpickle = sys.modules.get("cloudpickle")
-    return set() if cloudpickle is None else set(cloudpickle.list_registry_pickle_by_value())
+    return cloudpickle is not None and module in cloudpickle.list_registry_pickle_by_value()
 
 
 def _pickling_error(

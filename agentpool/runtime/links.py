@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from agentpool.config import MemoryMetric, PoolSettings
-from agentpool.core.records import TreeState, WorkerExit, WorkerRecord
+from agentpool.core.records import TaskRecord, TreeState, WorkerExit, WorkerRecord
 from agentpool.io import processes
 from agentpool.io.channel import Channel
 from agentpool.io.processes import KeeperClient
@@ -25,7 +25,8 @@ __all__ = ["Link", "Staff"]
 class Link:
     """One worker, as the manager sees it."""
 
-    __slots__ = ("_metric", "channel", "exit_code", "is_kill_wanted", "keeper", "pid", "pidfd", "sampler", "worker")
+    __slots__ = ("_metric", "channel", "exit_code", "is_kill_wanted", "keeper", "pid", "pidfd", "sampler",
+                 "wanted_values", "worker")
 
     def __init__(self, worker: WorkerRecord, channel: Channel, keeper: KeeperClient, metric: MemoryMetric) -> None:
         self._metric = metric
@@ -37,6 +38,19 @@ class Link:
         self.sampler: TreeSampler | None = None
         self.is_kill_wanted = False
         self.exit_code: int | None = None
+        #: tasks whose retry policy wants to see the value
+        self.wanted_values: set[int] = set()
+
+    def send_call(self, task: TaskRecord, payload: bytes, buffers: Sequence[memoryview]) -> bool:
+        """Under the lock: send a call. False: the pipe is full."""
+        if task.spec.policy is not None and task.spec.policy.sees_results:
+            self.wanted_values.add(task.id)
+        return self.channel.send_call(task.id, payload, buffers)
+
+    def finished(self, task_id: int) -> None:
+        """Under the lock: that call is over."""
+        self.channel.finished(task_id)
+        self.wanted_values.discard(task_id)
 
     def spawned(self, pid: int, pidfd: int | None) -> None:
         """The keeper has forked it."""

@@ -294,7 +294,7 @@ class Manager:
         call = task.handle
         assert isinstance(call, Call)
         call.future.worker_pid = worker.pid
-        if not link.channel.send_call(task.id, call.payload, call.buffers):
+        if not link.send_call(task, call.payload, call.buffers):
             self._reception.watch_writing(link)
 
     def _wake_for_deadline(self) -> None:
@@ -323,7 +323,7 @@ class Manager:
         stderr = self._reception.stderr
         if stderr.is_waiting:
             seconds = _STDERR_RETRY if seconds is None else min(seconds, _STDERR_RETRY)
-            stderr.push()
+            self._reception.push_stderr()
         for callback in self._reactor.wait(seconds):
             callback()
         with self.lock:

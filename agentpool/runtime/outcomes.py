@@ -13,12 +13,13 @@ from agentpool.errors import (
     InitializerError,
     RemoteTaskError,
     ResultPicklingError,
+    ResultUnpicklingError,
     TaskUnpicklingError,
 )
 from agentpool_worker import protocol
 from agentpool_worker.protocol import Frame
 
-__all__ = ["Encoded", "RemoteTraceback", "decode_error", "initializer_error"]
+__all__ = ["Encoded", "RemoteTraceback", "decode_error", "decode_value", "initializer_error", "unpickling_error"]
 
 
 class Encoded:
@@ -44,6 +45,27 @@ class RemoteTraceback(Exception):
 
     def __str__(self) -> str:
         return f'\n"""\n{self.text}"""'
+
+
+def decode_value(frame: Frame, *, is_wanted: bool) -> tuple[bool, object]:
+    """A value frame as (is it a value, value or error). Only where it `is_wanted` by a retry policy is it rebuilt."""
+    encoded = Encoded(frame.payload, frame.buffers)
+    if not is_wanted:
+        return True, encoded
+    try:
+        return True, encoded.rebuild()
+    except BaseException as error:  # user code; anything may come of it
+        return False, unpickling_error(error)
+
+
+def unpickling_error(cause: BaseException) -> ResultUnpicklingError:
+    """What a future raises for a result that cannot be rebuilt here."""
+    error = ResultUnpicklingError(
+        "the task returned, but its result could not be rebuilt in this process: "
+        f"{type(cause).__name__}: {cause}"
+    )
+    error.__cause__ = cause
+    return error
 
 
 def decode_error(frame: Frame) -> BaseException:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from agentpool.core.records import TaskRecord
@@ -19,7 +20,7 @@ from agentpool.io.stderr import Forwarder
 from agentpool.runtime import outcomes
 from agentpool.runtime.links import Link, Staff
 from agentpool_worker import protocol
-from agentpool_worker.protocol import Frame, ProtocolError
+from agentpool_worker.protocol import Frame
 
 __all__ = ["Event", "Reception"]
 
@@ -42,6 +43,8 @@ class Reception:
         self._staff = Staff(core.settings, reactor, self._keeper_spoke)
         self.stderr = Forwarder()
         self._events: list[Event] = []
+        #: links whose standard error is not read until ours takes more
+        self._paused: list[Link] = []
 
     @property
     def staff(self) -> Staff:
@@ -61,8 +64,8 @@ class Reception:
 
     def watch(self, link: Link) -> None:
         """Read from this worker from now on."""
-        self._reactor.watch(link.channel.results_fd, lambda: self._read_results(link))
-        self._reactor.watch(link.channel.stderr_fd, lambda: self._read_stderr(link))
+        self._reactor.watch(link.channel.results_fd, partial(self._read_results, link))
+        self._reactor.watch(link.channel.stderr_fd, partial(self._read_stderr, link))
 
     def watch_writing(self, link: Link) -> None:
         """Any thread, under the lock: go on writing to this worker when it has read some."""
@@ -82,27 +85,28 @@ class Reception:
     def _read_results(self, link: Link) -> None:
         try:
             frames, is_ended = link.channel.read_results()
-        except ProtocolError as error:
+            for frame in frames:
+                self._receive(link, frame)
+        except BaseException as error:  # what cannot be understood; errors of users' classes are caught where they rise
             self._distrust(link, error)
             return
         if is_ended:
             self._reactor.unwatch(link.channel.results_fd)
-        for frame in frames:
-            self._receive(link, frame)
 
-    def _distrust(self, link: Link, error: ProtocolError) -> None:
+    def _distrust(self, link: Link, error: BaseException) -> None:
         """Somebody wrote into the worker's descriptors: nothing from it can be believed any more."""
-        log.error("worker %s (pid %s) sent %s; it is killed", link.worker.id, link.pid, error)
+        words = f"its results pipe was corrupted: {type(error).__name__}: {error}"
+        log.error("worker %s (pid %s) is killed: %s", link.worker.id, link.pid, words)
         self._reactor.unwatch(link.channel.results_fd)
-        link.channel.stderr_tail += f"\n[agentpool: its results pipe was corrupted: {error}]".encode()
+        link.channel.stderr_tail += f"\n[agentpool: {words}]".encode()
         link.kill()
 
     def _receive(self, link: Link, frame: Frame) -> None:
         """Turn a frame into an event. Errors are rebuilt here, outside the lock: that runs code of their classes."""
         kind, worker, core = frame.kind, link.worker, self._core
         if kind == protocol.VALUE:
-            payload: object = outcomes.Encoded(frame.payload, frame.buffers)
-            self._events.append(lambda now: self._finished(now, link, frame, True, payload))
+            is_value, payload = outcomes.decode_value(frame, is_wanted=frame.task_id in link.wanted_values)
+            self._events.append(lambda now: self._finished(now, link, frame, is_value, payload))
         elif kind in _ERRORS:
             error = outcomes.decode_error(frame)
             self._events.append(lambda now: self._finished(now, link, frame, False, error))
@@ -130,13 +134,9 @@ class Reception:
 
     def _finished(self, now: float, link: Link, frame: Frame, is_value: bool, payload: object) -> None:
         task = self._task_of(link, frame.task_id)
-        link.channel.finished(frame.task_id)
+        link.finished(frame.task_id)
         if task is None:
             return  # seen before, in the outbox or the pipe
-        policy = task.spec.policy
-        if is_value and policy is not None and policy.sees_results:
-            assert isinstance(payload, outcomes.Encoded)
-            payload = payload.rebuild()
         self._core.task_finished(
             now,
             link.worker,
@@ -152,7 +152,7 @@ class Reception:
         if not link.channel.is_current(frame.task_id, frame.x):
             return  # taken back, which the worker was told by no more than its own look at the page
         task = self._task_of(link, frame.task_id)
-        link.channel.finished(frame.task_id)
+        link.finished(frame.task_id)
         if task is not None:
             self._core.task_skipped(now, link.worker, task)
 
@@ -163,11 +163,23 @@ class Reception:
             self._core.stop_acknowledged(now, link.worker, task, link.channel.report() if wants_stack else "")
 
     def _read_stderr(self, link: Link) -> None:
-        data = link.channel.read_stderr()
-        if data:
+        if self.stderr.is_full:
+            # Whoever reads our standard error is slow: the writers wait, as they would if they wrote to it themselves.
+            self._reactor.unwatch(link.channel.stderr_fd)
+            self._paused.append(link)
+        elif data := link.channel.read_stderr():
             self.stderr.push(data)
         else:
             self._reactor.unwatch(link.channel.stderr_fd)
+
+    def push_stderr(self) -> None:
+        """Go on passing on what workers wrote to their standard error."""
+        self.stderr.push()
+        if self._paused and not self.stderr.is_full:
+            paused, self._paused = self._paused, []
+            for link in paused:
+                if self._staff.links.get(link.worker.id) is link:
+                    self._reactor.watch(link.channel.stderr_fd, partial(self._read_stderr, link))
 
     # -- the keeper ----------------------------------------------------------------------------------------------
 
@@ -206,8 +218,8 @@ class Reception:
             frames, _ = link.channel.read_results(is_last=True)
             for frame in (*frames, *link.channel.unsent_results()):
                 self._receive(link, frame)
-        except ProtocolError as error:
-            link.channel.stderr_tail += f"\n[agentpool: its results pipe was corrupted: {error}]".encode()
+        except BaseException as error:
+            self._distrust(link, error)
         for _ in range(_LAST_WORDS):
             if not (data := link.channel.read_stderr()):
                 break
@@ -228,4 +240,4 @@ class Reception:
             else:
                 # The kernel kills it now, as its parent is dead; its pidfd tells when that is done.
                 link.kill()
-                self._reactor.watch(link.pidfd, lambda link=link: self._observe_death(link, keeper_lost=True))  # type: ignore[misc]
+                self._reactor.watch(link.pidfd, partial(self._observe_death, link, keeper_lost=True))

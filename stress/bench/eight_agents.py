@@ -60,7 +60,8 @@ def run_unthrottled(out: str) -> None:
         subprocess.Popen([sys.executable, "-c", ONE_AGENT, kind, json.dumps(arguments(kind, out, number))])
         for number, kind in enumerate(AGENTS)
     ]
-    if any([child.wait() for child in children]):
+    codes = [child.wait() for child in children]
+    if any(codes):
         raise SystemExit("an agent failed")
 
 

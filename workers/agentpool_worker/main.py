@@ -7,6 +7,7 @@ frames say. `Worker` talks to a `Link`, so that tests drive it without a process
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -54,6 +55,12 @@ class PipeLink:
         self._results = results
         self._lock = threading.Lock()
 
+    def abandon(self, *others: int) -> None:
+        """In a process that a task forked: the pipes are the worker's, and must end when the worker does."""
+        for descriptor in (self._calls, self._results, *others):
+            with contextlib.suppress(OSError):  # the task closed it before
+                os.close(descriptor)
+
     def read_calls(self, reader: FrameReader) -> int:
         return reader.read_from(self._calls)
 
@@ -84,6 +91,7 @@ class Worker:
 
     def __init__(self, worker_id: int, link: Link, page: Any) -> None:
         self.worker_id = worker_id
+        self._pid = os.getpid()
         self._link = link
         self._page = page
         self._reader = FrameReader()
@@ -186,12 +194,14 @@ class Worker:
             function, args, kwargs = protocol.loads(frame.payload, buffers=frame.buffers)
             stage = protocol.ERROR
             value = protocol.finish(function(*args, **kwargs))
+            self._end_if_copy()
             stage = protocol.RESULT_FAILED
             payload, buffers = protocol.dumps(value)
             self._interruptible = 0
             return protocol.VALUE, payload, buffers
         except BaseException as error:
             self._interruptible = 0
+            self._end_if_copy(error)
             where = ""
             if isinstance(error, context.TaskCancelled):
                 stage = protocol.ERROR
@@ -201,6 +211,16 @@ class Worker:
                 where = unpicklable.find(value, "result", protocol.dumps)
             payload, buffers = _describe(error, skip=1, where=where)
             return stage, payload, buffers
+
+    def _end_if_copy(self, error: BaseException | None = None) -> None:
+        """A task that forked comes back twice. Only the original goes on; the copy ends here, as after os.fork()."""
+        if os.getpid() == self._pid:
+            return
+        if error is not None and not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        _flush_streams()
+        code = error.code if isinstance(error, SystemExit) else int(error is not None)
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
     def _measure(self) -> tuple[int, int]:
         """RSS now and, where this task raised it, the peak RSS, in KiB."""
@@ -322,7 +342,9 @@ def serve(worker_id: int, calls: int, results: int, control: int, report: int) -
     os.lseek(report, protocol.REPORT, os.SEEK_SET)
     faulthandler.enable(report, all_threads=True)
     faulthandler.register(signal.SIGUSR1, report, all_threads=True, chain=False)
-    worker = Worker(worker_id, PipeLink(calls, results), page)
+    link = PipeLink(calls, results)
+    os.register_at_fork(after_in_child=lambda: link.abandon(control))
+    worker = Worker(worker_id, link, page)
     signal.signal(signal.SIGINT, worker.on_stop_signal)
     threading.Thread(
         target=_control_loop,

@@ -121,7 +121,7 @@ def missing_tool(agent: str, tool: str, error: ImportError | None = None) -> NoR
 
 def find_ruff() -> list[str]:
     """The command that starts ruff. Raises ModuleNotFoundError."""
-    import ruff  # type: ignore[import-untyped]
+    import ruff
 
     try:
         return [os.fspath(ruff.find_ruff_bin())]
