@@ -78,6 +78,7 @@ class Manager:
         self._task_ids = itertools.count(1)
         self._room = threading.Condition(self.lock)
         self._cold: deque[act.Action] = deque()
+        self._late_kills: list[tuple[TaskRecord, TaskKilledError]] = []
         #: accepted and not settled; what the handler of last resort fails
         self._open: dict[int, TaskRecord] = {}
         self._reactor = Reactor()
@@ -185,6 +186,11 @@ class Manager:
             now = time.monotonic()
             error = TaskKilledError(f"task {task.id} was stopped: {reason}")
             is_stopping = self.core.kill_task(now, task, error)
+            if not is_stopping and task.state is TaskState.ASSIGNED:
+                # It has begun, as it could not be taken back, but the result of the call before it was not read yet.
+                self._late_kills.append((task, error))
+                self._reactor.wake()
+                is_stopping = True
             self._take(now)
             self._wake_for_deadline()
         return is_stopping
@@ -284,6 +290,9 @@ class Manager:
         for action in actions:
             if type(action) is tuple and action[0] == act.DISPATCH:
                 self._dispatch(action[1], action[2])
+            elif type(action) is act.SampleWorker:
+                # Before futures are settled: who has a result and submits again finds this worker free again.
+                cold.appendleft(action)
             else:
                 cold.append(action)
         if cold and threading.get_ident() != self._thread_id:
@@ -326,10 +335,17 @@ class Manager:
             self._reception.push_stderr()
         for callback in self._reactor.wait(seconds):
             callback()
+        late_kills, self._late_kills = self._late_kills, []
+        for task, _ in late_kills:
+            link = None if task.worker is None else self._staff.links.get(task.worker.id)
+            if link is not None:
+                self._reception.take_everything(link)
         with self.lock:
             self._sleeps_until = 0.0
             now = time.monotonic()
             self._reception.tell_core(now)
+            for task, error in late_kills:
+                self.core.kill_task(now, task, error)
             if self._is_dropped and not self.core.is_closing:
                 self.core.shutdown(now, cancel_futures=False)
             self.core.tick(now)
@@ -431,7 +447,7 @@ class Manager:
 
     def _revoke(self, link: Link) -> None:
         """Take back what waits behind a call that takes its time, and what that worker had finished before it."""
-        self._reception.take_unsent(link)
+        self._reception.take_everything(link)
         with self.lock:
             now = time.monotonic()
             self._reception.tell_core(now)

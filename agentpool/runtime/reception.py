@@ -75,8 +75,9 @@ class Reception:
         if link.channel.flush():
             self._reactor.unwatch_writing(link.channel.calls_fd)
 
-    def take_unsent(self, link: Link) -> None:
-        """Take the results that a worker holds back while it runs a call."""
+    def take_everything(self, link: Link) -> None:
+        """Take the results in the pipe, and those that the worker holds back while it runs a call."""
+        self._read_results(link)
         for frame in link.channel.unsent_results():
             self._receive(link, frame)
 
