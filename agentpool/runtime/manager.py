@@ -455,7 +455,7 @@ class Manager:
             self._take(now)
 
     def _breaker_changed(self, old: str, new: str, reason: str) -> None:
-        level = logging.INFO if new == "closed" else logging.WARNING
+        level = logging.WARNING if new == "open" else logging.INFO  # what was done by hand surprises nobody
         log.log(level, "circuit breaker %s: %s", new, reason or "recovered")
         for listener in list(self.listeners):
             try:
