@@ -1,0 +1,183 @@
+"""Each rule notices what breaks it. That a scheduler that is well breaks none, every other test of the core shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tenacity
+
+from agentpool.core import invariants
+from agentpool.core.invariants import RULES, check
+from agentpool.core.records import StopCause
+from agentpool.core.retry import RetryPolicy
+from agentpool.core.transitions import BreakerState, TaskState, WorkerState
+from agentpool.errors import InternalError
+
+
+def scene(make_bench) -> Any:
+    """Something of everything: a running task, an idle worker, one that is looked at, queued and waiting tasks."""
+    bench = make_bench(max_workers=3, max_concurrent=3, max_pending=9, max_tasks_per_child=5)
+    retried, _ = bench.started(policy=RetryPolicy(wait=tenacity.wait_fixed(9), retry=tenacity.retry_always))
+    checked, bench.checking = bench.started()
+    bench.running, bench.busy = bench.started(timeout=5.0)
+    bench.fail(retried, OSError())
+    bench.finish(checked, seconds=1.0)
+    bench.waiting = retried
+    (bench.idle,) = bench.core.idle.values()
+    bench.core.concurrency = 1
+    bench.queued = bench.submit(queue_timeout=50.0)
+    return bench
+
+
+def _set(**attributes: Any) -> Callable[[Any], None]:
+    def change(bench: Any) -> None:
+        for path, value in attributes.items():
+            owner, name = path.split("__")
+            setattr(getattr(bench, owner), name, value)
+
+    return change
+
+
+def _requeue(bench: Any) -> None:
+    bench.core.waiting[bench.running.id] = bench.running
+
+
+def _isolate(bench: Any) -> None:
+    bench.core.isolated.append(bench.core.queue.pop())
+
+
+def _hide_task(bench: Any) -> None:
+    bench.core.queue.pop()
+
+
+def _many_pending(bench: Any) -> None:
+    for _ in range(10):
+        bench.core.queue.push(bench.queued)
+
+
+def _backlog_alone(bench: Any) -> None:
+    bench.queued.state, bench.queued.worker = TaskState.ASSIGNED, bench.idle
+    bench.idle.backlog.append(bench.queued)
+
+
+def _probes(bench: Any) -> None:
+    bench.busy.is_probe = bench.idle.is_probe = True
+
+
+def _dead_timer(record: str, name: str) -> Callable[[Any], None]:
+    def change(bench: Any) -> None:
+        bench.core.timers.cancel(getattr(getattr(bench, record), name))
+
+    return change
+
+
+def _dead_backlog_timer(bench: Any) -> None:
+    bench.busy.backlog_timer = bench.core.timers.add(1.0, print)
+    bench.core.timers.cancel(bench.busy.backlog_timer)
+
+
+def _disorder(bench: Any) -> None:
+    bench.checking.state = WorkerState.IDLE
+    bench.core.idle[bench.checking.id] = bench.core.checking.pop(bench.checking.id)
+    bench.idle.idle_since = 1e9
+
+
+def _placed_badly(bench: Any) -> None:
+    bench.core.concurrency = 3
+
+
+def _no_way_to_end(bench: Any) -> None:
+    bench.running.state = TaskState.STOPPING
+    bench.running.stop = StopCause(OSError(), 0.0)
+    bench.core.timers.cancel(bench.running.timer)
+
+
+def _too_many_workers(bench: Any) -> None:
+    bench.core.live = 4
+
+
+def _uncharged(bench: Any) -> None:
+    bench.running.attempts, bench.running.first_started_at = 0, None
+
+
+def _closed(bench: Any) -> None:
+    bench.core.is_closed = True
+
+
+BREAKS: list[tuple[str, Callable[[Any], None]]] = [
+    ("nothing_is_lost", _hide_task),
+    ("nothing_is_lost", lambda bench: setattr(bench.core.counters, "submitted", 9)),
+    ("a_task_is_in_one_place", _requeue),
+    ("queued_tasks_are_in_state_queued", lambda bench: bench.core.isolated.append(bench.running)),
+    ("queued_tasks_are_in_state_queued", _isolate),
+    ("the_queue_counts_its_tasks", lambda bench: bench.core.queue.discard()),
+    ("waiting_tasks_are_in_state_waiting_retry", _set(waiting__state=TaskState.QUEUED)),
+    ("waiting_tasks_are_in_state_waiting_retry", _dead_timer("waiting", "timer")),
+    ("workers_hold_tasks_in_their_states", _set(running__state=TaskState.ASSIGNED)),
+    ("workers_hold_tasks_in_their_states", _set(running__worker=None)),
+    ("tasks_outside_workers_have_none", lambda bench: setattr(bench.queued, "worker", bench.idle)),
+    ("a_cause_is_set_exactly_while_stopping", _set(running__state=TaskState.STOPPING)),
+    ("a_cause_is_set_exactly_while_stopping", _no_way_to_end),
+    ("attempts_are_charged_when_begun", _uncharged),
+    ("attempts_are_charged_when_begun", _set(queued__attempts=1)),
+    ("limits_have_timers", _dead_timer("running", "timer")),
+    ("limits_have_timers", _dead_timer("queued", "timer")),
+    ("the_pool_keeps_its_size", _too_many_workers),
+    ("the_throttle_holds", _set(core__active=4)),
+    ("the_bound_holds", _many_pending),
+    ("numbers_agree_with_workers", _set(core__pool_bytes=1)),
+    ("places_agree_with_states", lambda bench: bench.core.idle.clear()),
+    ("places_agree_with_states", _set(idle__state=WorkerState.GONE)),
+    ("idle_workers_are_in_order", _disorder),
+    ("running_is_set_exactly_while_busy", _set(busy__running=None)),
+    ("running_is_set_exactly_while_busy", _backlog_alone),
+    ("a_backlog_is_watched", _dead_backlog_timer),
+    ("what_a_worker_owes_is_bounded_in_time", _dead_timer("checking", "state_timer")),
+    ("what_a_worker_owes_is_bounded_in_time", _dead_timer("idle", "state_timer")),
+    ("a_worker_runs_no_more_than_its_limit", _set(busy__tasks_done=5)),
+    ("ready_workers_have_a_baseline", _set(busy__baseline_bytes=None)),
+    ("one_probe_at_a_time", _probes),
+    ("one_probe_at_a_time", lambda bench: setattr(bench.core.breaker, "is_probing", True)),
+    ("the_breaker_has_a_reason", lambda bench: setattr(bench.core.breaker, "reason", "x")),
+    ("the_breaker_has_a_reason", lambda bench: bench.core.breaker.holds.update(available="x")),
+    ("the_breaker_has_a_reason", lambda bench: bench.core.breaker.changes.append((BreakerState.CLOSED,) * 2)),
+    ("no_worker_is_idle_while_a_task_could_run", _placed_badly),
+    ("a_doomed_pool_ends", _set(core__broken=OSError())),
+    ("a_doomed_pool_ends", _set(core__doom=OSError())),
+    ("a_closed_pool_is_empty", _closed),
+]
+
+
+@pytest.mark.parametrize(("rule", "change"), BREAKS)
+def test_a_rule_notices_what_breaks_it(make_bench, rule: str, change: Callable[[Any], None]) -> None:
+    bench = scene(make_bench)
+    the_rule = getattr(invariants, rule)
+    assert list(the_rule(bench.core)) == []
+    change(bench)
+    assert list(the_rule(bench.core))
+
+
+def test_every_rule_is_tried_here() -> None:
+    assert {rule for rule, _ in BREAKS} == {rule.__name__ for rule in RULES}
+
+
+def test_every_rule_says_what_it_promises() -> None:
+    assert all(rule.__doc__ for rule in RULES)
+
+
+def test_check_raises_for_the_first_broken_rule_with_its_name_and_the_story(make_bench) -> None:
+    bench = scene(make_bench)
+    check(bench.core)
+    bench.core.unresolved += 1
+    with pytest.raises(InternalError, match="nothing_is_lost: 4 tasks are unresolved, 3 are somewhere") as caught:
+        check(bench.core)
+    assert repr(bench.running) in caught.value.story
+
+
+def test_placing_is_judged_only_once_actions_were_taken(make_bench) -> None:
+    bench = scene(make_bench)
+    bench.core.concurrency = 3
+    bench.core._is_dirty = True
+    assert list(invariants.no_worker_is_idle_while_a_task_could_run(bench.core)) == []

@@ -1,0 +1,413 @@
+"""The wire format: frames survive every way of cutting them, and what is no frame is refused.
+
+`FrameReader` is fed byte strings and real descriptors; nothing here starts a process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from agentpool_worker import protocol
+from agentpool_worker.protocol import HEADER, Frame, FrameReader, ProtocolError, encode
+
+LARGE = protocol.LARGE
+Plain = tuple[int, int, int, int, int, int, bytes, tuple[bytes, ...]]
+
+KINDS = sorted(protocol._KINDS)
+U32 = st.integers(0, 0xFFFFFFFF)
+FRAMES = st.tuples(
+    st.sampled_from(KINDS),
+    st.integers(0, 0xFF),
+    st.integers(0, 2**64 - 1),
+    U32,
+    U32,
+    U32,
+    st.binary(max_size=60),
+    st.lists(st.binary(max_size=30), max_size=4).map(tuple),
+)
+
+
+def wire(frame: Plain) -> bytes:
+    """The bytes of a frame, as a pipe carries them."""
+    kind, flags, task_id, x, y, z, payload, buffers = frame
+    views = [memoryview(buffer) for buffer in buffers]
+    return b"".join(encode(kind, task_id, payload, views, flags=flags, x=x, y=y, z=z))
+
+
+def plain(frame: Frame) -> Plain:
+    """A frame that was read, in a form that can be compared."""
+    kind, flags, task_id, x, y, z, payload, buffers = frame
+    return kind, flags, task_id, x, y, z, bytes(payload), tuple(bytes(buffer) for buffer in buffers)
+
+
+def pieces(data: bytes, cuts: Sequence[int]) -> Iterator[bytes]:
+    edges = [0, *sorted(cuts), len(data)]
+    return (data[start:end] for start, end in itertools.pairwise(edges))
+
+
+def read_all(parts: Iterator[bytes]) -> tuple[list[Plain], FrameReader]:
+    reader = FrameReader()
+    found = []
+    for part in parts:
+        reader.feed(part)
+        found += [plain(frame) for frame in reader.frames()]
+    return found, reader
+
+
+# --- cutting ---
+
+
+@pytest.mark.parametrize("buffers", [(), (b"first", b"", b"third")])
+def test_frame_cut_at_every_byte(buffers: tuple[bytes, ...]) -> None:
+    frame: Plain = (protocol.CALL, 3, 2**63 + 7, 1, 2, 0xFFFFFFFF, b"a payload", buffers)
+    data = wire(frame)
+    for cut in range(len(data) + 1):
+        reader = FrameReader()
+        reader.feed(data[:cut])
+        early = list(reader.frames())
+        assert bool(early) == (cut == len(data)), cut
+        assert reader.is_between_frames == (cut in (0, len(data))), cut
+        reader.feed(data[cut:])
+        assert [plain(found) for found in (*early, *reader.frames())] == [frame], cut
+        assert reader.is_between_frames
+
+
+def test_frames_that_arrive_byte_by_byte() -> None:
+    frames: list[Plain] = [
+        (protocol.VALUE, 0, 1, 0, 0, 0, b"", ()),
+        (protocol.ERROR, 0, 2, 0, 0, 0, b"x" * 50, (b"y" * 20,)),
+        (protocol.STOP, 1, 3, 0, 0, 0, b"", (b"", b"")),
+    ]
+    data = b"".join(map(wire, frames))
+    found, reader = read_all(data[i : i + 1] for i in range(len(data)))
+    assert found == frames
+    assert reader.is_between_frames
+
+
+@given(st.data(), st.lists(FRAMES, max_size=6))
+def test_any_frames_cut_anywhere(data: st.DataObject, frames: list[Plain]) -> None:
+    stream = b"".join(map(wire, frames))
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12))
+    found, reader = read_all(pieces(stream, cuts))
+    assert found == frames
+    assert reader.is_between_frames
+
+
+@given(
+    size=st.sampled_from([LARGE - 1, LARGE, LARGE + 1, 2 * LARGE + 13]),
+    cuts=st.lists(st.floats(0, 1), max_size=5),
+    buffer_sizes=st.lists(st.sampled_from([0, 1, LARGE // 2]), max_size=3),
+    company=FRAMES,
+)
+@example(size=LARGE + 1, cuts=[], buffer_sizes=[], company=(protocol.VALUE, 0, 1, 0, 0, 0, b"", ()))
+def test_large_frames_among_small_ones(
+    size: int, cuts: list[float], buffer_sizes: list[int], company: Plain
+) -> None:
+    payload = bytes(range(256)) * (size // 256 + 1)
+    large: Plain = (protocol.VALUE, 0, 9, 0, 0, 0, payload[:size], tuple(payload[:count] for count in buffer_sizes))
+    stream = wire(company) + wire(large) + wire(company) + wire(large)
+    found, reader = read_all(pieces(stream, [int(cut * len(stream)) for cut in cuts]))
+    assert found == [company, large, company, large]
+    assert reader.is_between_frames
+
+
+def test_large_frame_is_pending_until_its_last_byte() -> None:
+    data = wire((protocol.VALUE, 0, 1, 0, 0, 0, b"z" * (LARGE + 100), ()))
+    reader = FrameReader()
+    reader.feed(data[:-1])
+    assert list(reader.frames()) == []
+    assert not reader.is_between_frames
+    assert list(reader.frames()) == []
+    reader.feed(data[-1:] + data[:10])
+    assert [len(frame.payload) for frame in reader.frames()] == [LARGE + 100]
+    assert not reader.is_between_frames  # ten bytes of the next one
+
+
+def test_frames_stay_valid_when_more_is_read() -> None:
+    first: Plain = (protocol.VALUE, 0, 1, 0, 0, 0, b"first", (b"buffer one",))
+    second: Plain = (protocol.VALUE, 0, 2, 0, 0, 0, b"other", (b"buffer two",))
+    reader = FrameReader()
+    reader.feed(wire(first))
+    (kept,) = reader.frames()
+    reader.feed(wire(second) * 50)
+    assert [plain(frame) for frame in reader.frames()] == [second] * 50
+    assert plain(kept) == first
+
+
+# --- descriptors ---
+
+
+def test_reads_from_a_pipe_whatever_it_yields() -> None:
+    frames: list[Plain] = [
+        (protocol.VALUE, 0, number, 0, 0, 0, bytes([number]) * size, ())
+        for number, size in enumerate([0, 1, 65536, 65537, LARGE, LARGE + 1, 3_000_000, 5])
+    ]
+    read_end, write_end = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(write_end, "wb", buffering=0) as file:
+            view = memoryview(b"".join(map(wire, frames)))
+            while view:
+                view = view[file.write(view) or 0 :]
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reader = FrameReader()
+    found = []
+    try:
+        while reader.read_from(read_end):
+            found += [plain(frame) for frame in reader.frames()]
+    finally:
+        os.close(read_end)
+        writer.join()
+    assert found == frames
+    assert reader.is_between_frames
+
+
+def test_nothing_to_read_and_end_of_file() -> None:
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    reader = FrameReader()
+    try:
+        with pytest.raises(BlockingIOError):
+            reader.read_from(read_end)
+        data = wire((protocol.VALUE, 0, 1, 0, 0, 0, b"p" * (LARGE + 1), ()))
+        os.write(write_end, data[:1000])
+        assert reader.read_from(read_end) == 1000
+        assert list(reader.frames()) == []
+        with pytest.raises(BlockingIOError):  # now it reads straight into the large frame's memory
+            reader.read_from(read_end)
+        os.write(write_end, data[1000:1500])
+        assert reader.read_from(read_end) == 500
+        os.close(write_end)
+        write_end = -1
+        assert reader.read_from(read_end) == 0
+        assert list(reader.frames()) == []
+        assert not reader.is_between_frames  # the writer died in the middle of a frame
+    finally:
+        os.close(read_end)
+        if write_end >= 0:
+            os.close(write_end)
+
+
+def test_a_large_frame_takes_no_more_than_itself_from_the_descriptor() -> None:
+    large: Plain = (protocol.VALUE, 0, 1, 0, 0, 0, b"l" * (LARGE + 1), ())
+    small: Plain = (protocol.VALUE, 0, 2, 0, 0, 0, b"s", ())
+    with open(os.memfd_create("frames"), "w+b", buffering=0) as file:
+        file.write(wire(large) + wire(small) + wire(large))
+        file.seek(0)
+        reader = FrameReader()
+        found = []
+        while reader.read_from(file.fileno()):
+            found += [plain(frame) for frame in reader.frames()]
+    assert found == [large, small, large]
+
+
+# --- what is no frame ---
+
+
+def header(**changes: int) -> bytes:
+    fields = {"magic": protocol.MAGIC, "kind": protocol.VALUE, "flags": 0, "buffers": 0, "task_id": 1, "length": 0,
+              "x": 0, "y": 0, "z": 0}
+    return HEADER.pack(*(fields | changes).values())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header(magic=0),
+        header(kind=0),
+        header(kind=200),
+        header(length=protocol.MAX_FRAME + 1),
+        header(length=2**64 - 1),
+        header(buffers=protocol.MAX_BUFFERS + 1, length=100),
+        b"print() of somebody who found the descriptor\n",
+        b"\0" * HEADER.size,
+    ],
+    ids=["magic", "kind 0", "kind 200", "a tebibyte", "16 exbibytes", "too many buffers", "text", "zeros"],
+)
+def test_garbage_is_refused(data: bytes) -> None:
+    reader = FrameReader()
+    reader.feed(data)
+    with pytest.raises(ProtocolError):
+        list(reader.frames())
+
+
+def test_garbage_behind_a_frame_does_not_spoil_it() -> None:
+    good: Plain = (protocol.VALUE, 0, 1, 0, 0, 0, b"good", ())
+    reader = FrameReader()
+    reader.feed(wire(good) + b"?" * HEADER.size)
+    frames = reader.frames()
+    assert plain(next(frames)) == good
+    with pytest.raises(ProtocolError, match="not a frame: magic 0x3f3f"):
+        next(frames)
+
+
+def test_buffers_longer_than_their_frame_are_refused() -> None:
+    table = (1000).to_bytes(8, "little")
+    reader = FrameReader()
+    reader.feed(header(buffers=1, length=len(table) + 4) + table + b"four")
+    with pytest.raises(ProtocolError, match="longer than the frame"):
+        list(reader.frames())
+
+
+def test_a_table_of_buffers_longer_than_its_frame_is_refused() -> None:
+    """A frame of four bytes that claims to have five buffers: the table itself has no room."""
+    reader = FrameReader()
+    reader.feed(header(buffers=5, length=4) + b"four")
+    with pytest.raises(ProtocolError):
+        list(reader.frames())
+
+
+@given(st.binary(max_size=200))
+def test_whatever_comes_is_frames_or_a_protocol_error(data: bytes) -> None:
+    reader = FrameReader()
+    reader.feed(data)
+    try:
+        for frame in reader.frames():
+            assert frame.kind in protocol._KINDS
+    except ProtocolError:
+        return
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    buffers=st.integers(0, 6),
+    claimed=st.integers(0, 80),
+    body=st.binary(max_size=80),
+)
+def test_a_lying_header_is_a_protocol_error_or_waits_for_more(
+    kind: int, buffers: int, claimed: int, body: bytes
+) -> None:
+    reader = FrameReader()
+    reader.feed(header(kind=kind, buffers=buffers, length=claimed) + body)
+    try:
+        for frame in reader.frames():
+            assert len(frame.payload) + sum(map(len, frame.buffers)) <= claimed
+    except ProtocolError:
+        return
+
+
+# --- serializing ---
+
+
+class Exposed:
+    """Gives its bytes away out of band, as an array does."""
+
+    def __init__(self, data: bytearray) -> None:
+        self.data = data
+
+    def __reduce_ex__(self, version: Any) -> tuple[Any, ...]:
+        return Exposed, (pickle.PickleBuffer(self.data),)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Exposed) and bytes(self.data) == bytes(other.data)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def through_the_wire(value: object) -> tuple[object, Frame]:
+    payload, buffers = protocol.dumps(value)
+    reader = FrameReader()
+    reader.feed(b"".join(encode(protocol.CALL, 1, payload, buffers)))
+    (frame,) = reader.frames()
+    return protocol.loads(frame.payload, buffers=frame.buffers), frame
+
+
+def test_large_buffers_travel_out_of_band() -> None:
+    large = bytearray(os.urandom(protocol.OUT_OF_BAND))
+    small = bytearray(os.urandom(protocol.OUT_OF_BAND - 1))
+    value = [Exposed(large), Exposed(small), Exposed(large)]
+    found, frame = through_the_wire(value)
+    assert found == value
+    assert [len(buffer) for buffer in frame.buffers] == [len(large), len(large)]
+    assert len(small) < len(frame.payload) < len(small) + 1000
+
+
+def test_buffers_are_not_copied_into_the_pickle() -> None:
+    data = bytearray(1_000_000)
+    payload, buffers = protocol.dumps([Exposed(data)])
+    assert len(payload) < 2000
+    (buffer,) = buffers
+    data[0] = 7
+    assert buffer[0] == 7, "the buffer is a copy"
+
+
+def test_what_is_not_contiguous_stays_in_band() -> None:
+    class Strided:
+        def __reduce_ex__(self, version: Any) -> tuple[Any, ...]:
+            return bytes, (pickle.PickleBuffer(memoryview(bytes(400_000))[::2].toreadonly()),)
+
+    # Pickle itself refuses what is not contiguous in band: an error for the caller, not a crash of ours.
+    with pytest.raises(pickle.PicklingError):
+        protocol.dumps(Strided())
+
+
+@pytest.mark.parametrize("value", [b"x" * 300_000, bytearray(b"y" * 300_000)], ids=["bytes", "bytearray"])
+def test_plain_bytes_survive(value: object) -> None:
+    found, _ = through_the_wire((value, {"again": value}))
+    assert found == (value, {"again": value})
+
+
+JSON_LIKE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5) | st.tuples(inner),
+    max_leaves=20,
+)
+
+
+@given(JSON_LIKE)
+def test_any_data_comes_back(value: object) -> None:
+    found, _ = through_the_wire(value)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_simple_values_do_without_cloudpickle() -> None:
+    program = (
+        "import sys\n"
+        "from agentpool_worker import protocol\n"
+        "protocol.dumps((1, 'two', [3.0, None], {'four': b'5'}))\n"
+        "assert 'cloudpickle' not in sys.modules\n"
+        "protocol.dumps(lambda: 1)\n"
+        "assert 'cloudpickle' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+class IntSubclass(int):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "is_simple"),
+    [
+        (1, True),
+        (None, True),
+        ((1, [2, {"three": 4.0}]), True),
+        ([[[[1]]]], False),
+        (list(range(17)), False),
+        ({1: 2}, False),
+        ({1}, False),
+        (IntSubclass(3), False),
+        (len, False),
+        (int, False),
+    ],
+)
+def test_is_simple_trusts_only_what_plain_pickle_cannot_get_wrong(value: object, is_simple: bool) -> None:
+    assert protocol.is_simple(value) == is_simple
+
+
+def test_run_chunk_calls_in_order() -> None:
+    assert protocol.run_chunk(pow, [(2, 3), (3, 2), (2, 5, 7)]) == [8, 9, 4]
