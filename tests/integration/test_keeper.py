@@ -460,11 +460,12 @@ def test_the_pools_descriptors_are_not_those_of_a_process_that_the_user_starts(m
     """A pipe end that leaked into it would keep the pool's processes from seeing the end of this one."""
     pool = make_pool(1)
     pool.submit(os.getpid).result(30)
-    listed = subprocess.run([sys.executable, "-c", "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"],
+    listing = "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
+    listed = subprocess.run([sys.executable, "-c", listing],
                             capture_output=True, text=True, check=True, close_fds=False).stdout
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        again = subprocess.run([sys.executable, "-c", "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"],
+        again = subprocess.run([sys.executable, "-c", listing],
                                capture_output=True, text=True, check=True, close_fds=False).stdout
     assert listed == again
     assert len(json.loads(listed)) <= 5
