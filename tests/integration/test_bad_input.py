@@ -601,6 +601,118 @@ with AgentPool(2) as pool:
             os.close(write_end)
 
 
+def test_a_program_without_standard_streams(tmp_path: Path) -> None:
+    """As a daemon has it that closed 0, 1 and 2: agentpool's own descriptors must not get these numbers."""
+    note = tmp_path / "note"
+    source = f"""
+import os, sys, traceback
+from agentpool import AgentPool
+def low():
+    links = {{}}
+    for number in range(3):
+        try:
+            links[number] = os.readlink(f"/proc/self/fd/{{number}}")
+        except OSError:
+            links[number] = "closed"
+    return links
+def flood():
+    for _ in range(500):
+        for descriptor in (1, 2):
+            try:
+                os.write(descriptor, b"x" * 1000)
+            except OSError:
+                pass
+    print("words", flush=True)
+    return "flooded"
+try:
+    seen = []
+    for method in ("fork", "spawn"):
+        with AgentPool(2, method) as pool:
+            mine = low()
+            seen.append(pool.submit(low).result(30))
+            assert pool.submit(flood).result(30) == "flooded"
+            assert [pool.submit(abs, -n).result(30) for n in range(20)] == list(range(20))
+            assert pool.submit(os._exit, 3).exception(30).exit_code == 3
+        seen.append(mine)
+    text = repr(seen)
+except BaseException:
+    text = traceback.format_exc()
+with open({str(note)!r}, "w") as file:
+    file.write(text)
+"""
+    command = [sys.executable, "-c", source]
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=True, timeout=LONG)
+    text = note.read_text()
+    assert text.startswith("[{"), text
+    for links in eval(text)[::2]:
+        assert "memfd" not in repr(links), "a task's words go into the page of the protocol"
+        assert "socket" not in repr(links)
+    assert "eventpoll" not in repr(eval(text)[1][2]), "workers' words are written into a descriptor of our own"
+
+
+def test_few_descriptors() -> None:
+    done = run_script("""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
+from agentpool import AgentPool
+for method in ("fork", "spawn"):
+    with AgentPool(2, method) as pool:
+        print(pool.options(queue_timeout=5).submit(abs, -1).result())
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"1\n1\n"
+
+
+def test_words_that_are_not_quite_strings() -> None:
+    """sys.argv and sys.path are the program's: workers get them, whatever is in them."""
+    done = run_script("""
+import pathlib, sys
+class Word(str):
+    pass
+sys.argv += [Word("word"), "\\udcff", 5]
+sys.path += [Word("/nonexistent"), pathlib.Path("/nonexistent")]
+from agentpool import AgentPool
+with AgentPool(1) as pool:
+    print(pool.options(queue_timeout=5).submit(lambda: sys.argv[1:3] == ["word", "\\udcff"]).result())
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"True\n"
+
+
+def test_a_very_long_command_line() -> None:
+    done = run_script("""
+import sys
+sys.argv += ["x" * 100] * 5000
+from agentpool import AgentPool
+for method in ("fork", "spawn"):
+    with AgentPool(1, method) as pool:
+        print(pool.options(queue_timeout=5).submit(lambda: len(sys.argv)).result())
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"5001\n5001\n"
+
+
+def test_callables_with_strange_attributes(pool: AgentPool) -> None:
+    class Unhashable:
+        __code__: dict[str, int] = {}  # noqa: RUF012
+
+        def __call__(self) -> int:
+            return 5
+
+    class Unconnected:
+        def __getattr__(self, name: str) -> NoReturn:
+            raise RuntimeError("not connected")
+
+        def __call__(self) -> int:
+            return 6
+
+    assert pool.submit(Unhashable()).result(LONG) == 5
+    try:
+        assert pool.submit(Unconnected()).result(LONG) == 6
+    except RuntimeError as error:
+        assert str(error) == "not connected"
+
+
 def test_the_last_words_are_in_the_error(pool: AgentPool) -> None:
     def speak_and_die() -> NoReturn:
         for number in range(2000):

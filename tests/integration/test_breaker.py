@@ -362,6 +362,14 @@ def test_shutdown_does_not_wait_for_a_breaker_that_was_forced_open(make_pool: Ma
             task.result(0)
 
 
+def test_shutdown_does_not_wait_for_starts_that_fail(make_pool: MakePool, wait_until: WaitUntil, tmp_path: Path) -> None:
+    with make_pool(2, initializer=begin_if, initargs=(tmp_path / "never",), breaker=QUICK) as pool:
+        tasks = [pool.submit(os.getpid) for _ in range(3)]
+    for task in tasks:
+        with pytest.raises(CircuitOpenError, match="a worker exited with code 7 before it was ready"):
+            task.result(0)
+
+
 def test_forced_open_while_it_shuts_down_it_does_not_hang(
     make_pool: MakePool, wait_until: WaitUntil, tmp_path: Path
 ) -> None:

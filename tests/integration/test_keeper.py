@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ import cloudpickle
 import psutil
 import pytest
 
-from agentpool import AgentFuture, AgentPool, WorkerCrashedError
+from agentpool import AgentFuture, AgentPool, BreakerSettings, WorkerCrashedError
 from agentpool.config import MB
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that workers need not import pytest
@@ -53,9 +55,24 @@ def keeper_of(worker: int) -> psutil.Process:
     return keeper
 
 
+def pids(pool: AgentPool) -> set[int]:
+    return {worker["pid"] for worker in pool.get_pool_stats()["workers"]}
+
+
 def await_text(path: Path, wait_until: WaitUntil) -> str:
     wait_until(lambda: path.exists() and path.read_text(), f"{path.name} was not written")
     return path.read_text()
+
+
+def most_unread() -> int:
+    """Bytes that wait in the fullest pipe of this process."""
+    most = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own, and what is no pipe
+            if os.readlink(f"/proc/self/fd/{name}").startswith("pipe:"):
+                waiting = fcntl.ioctl(int(name), termios.FIONREAD, b"\0" * 4)
+                most = max(most, int.from_bytes(waiting, sys.byteorder))
+    return most
 
 
 def crash_error(future: AgentFuture[Any]) -> WorkerCrashedError:
@@ -247,23 +264,30 @@ def test_a_stopped_keeper_hangs_no_shutdown(make_pool: MakePool, is_alive: IsAli
     worker = pool.submit(os.getpid).result(30)
     keeper = keeper_of(worker)
     keeper.suspend()
-    closing = threading.Thread(target=pool.kill_workers)
+    closing = threading.Thread(target=pool.kill_workers, daemon=True)
     closing.start()
-    wait_until(lambda: not closing.is_alive(), "shutdown hangs", 60)
+    try:
+        wait_until(lambda: not closing.is_alive(), "shutdown hangs", 30)
+    finally:
+        if keeper.is_running():
+            keeper.resume()
+        closing.join(30)
     assert not is_alive(keeper.pid)
     assert not is_alive(worker)
 
 
 def test_the_keeper_dies_while_workers_start(make_pool: MakePool, wait_until: WaitUntil) -> None:
-    pool = make_pool(4)
-    for _ in range(5):
+    """Once for each state that a start may be in, with some luck; tasks that had begun are lost, no other."""
+    pool = make_pool(4, breaker=BreakerSettings(failure_threshold=1000))
+    outcomes = set()
+    for _ in range(8):
         worker = pool.submit(os.getpid).result(30)
+        keeper = keeper_of(worker)
         tasks = [pool.submit(abs, number) for number in range(8)]  # three more workers are on their way
-        keeper_of(worker).kill()
-        for task in tasks:
-            if not isinstance(task.exception(30), WorkerCrashedError):
-                assert task.exception(30) is None
-        pool.breaker.reset()  # starts that fail for want of a keeper count; here they are many
+        keeper.kill()
+        outcomes |= {type(task.exception(30)) for task in tasks}
+        wait_until(lambda worker=worker: worker not in pids(pool), "its death goes unnoticed")
+    assert outcomes <= {type(None), WorkerCrashedError}
     assert pool.submit(os.getpid).result(30)
 
 
@@ -278,7 +302,7 @@ def test_an_idle_worker_is_killed(make_pool: MakePool, is_alive: IsAlive, wait_u
     following = pool.submit(os.getpid).result(30)
     assert following != worker
     assert keeper_of(following) == keeper
-    wait_until(lambda: worker not in [each["pid"] for each in pool.get_pool_stats()["workers"]], "it is still listed")
+    wait_until(lambda: worker not in pids(pool), "it is still listed")
     assert pool.breaker.failure_count == 1
 
 
@@ -317,19 +341,21 @@ def test_a_worker_is_killed_in_the_middle_of_a_result(
 ) -> None:
     """Held up, nobody reads until it is dead: what is in the pipe is surely a part. Else it may be any part, or all."""
     pool = make_pool(2)
+    pool.submit(os.getpid).result(30)
     gate = threading.Event()
-    if held_up:
-        blocker = pool.submit(os.getpid)
-        blocked = threading.Event()
-        blocker.add_done_callback(lambda _: (blocked.set(), gate.wait(60)))
-        wait_until(blocked.is_set, "the callback is not called")
-    task = pool.submit(send, tmp_path / "here", size)
-    worker = int(await_text(tmp_path / "here", wait_until))
-    if held_up:
-        process = psutil.Process(worker)
-        wait_until(lambda: process.io_counters().write_chars >= 65536, "it does not send")
-    os.kill(worker, signal.SIGKILL)
-    gate.set()
+    try:
+        if held_up:
+            blocker = pool.submit(os.getpid)
+            blocked = threading.Event()
+            blocker.add_done_callback(lambda _: (blocked.set(), gate.wait(60)))
+            wait_until(blocked.is_set, "the callback is not called")
+        task = pool.submit(send, tmp_path / "here", size)
+        worker = int(await_text(tmp_path / "here", wait_until))
+        if held_up:
+            wait_until(lambda: most_unread() >= 60_000, "it does not send")
+        os.kill(worker, signal.SIGKILL)
+    finally:
+        gate.set()
     if held_up:
         assert "was killed by SIGKILL" in str(crash_error(task))
     elif not isinstance(task.exception(30), WorkerCrashedError):
@@ -456,16 +482,17 @@ def test_nothing_outlives_the_process_that_has_the_pool(
         parent.wait()
 
 
-def test_the_pools_descriptors_are_not_those_of_a_process_that_the_user_starts(make_pool: MakePool) -> None:
+def test_the_pools_descriptors_are_not_inherited_by_what_the_user_starts(make_pool: MakePool) -> None:
     """A pipe end that leaked into it would keep the pool's processes from seeing the end of this one."""
-    pool = make_pool(1)
+    code = "import os; print(len(os.listdir('/proc/self/fd')))"
+    argv = [sys.executable, "-c", code]
+    before = subprocess.run(argv, stdout=subprocess.PIPE, check=True, close_fds=False).stdout
+    pool = make_pool(2)
     pool.submit(os.getpid).result(30)
-    listing = "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
-    listed = subprocess.run([sys.executable, "-c", listing],
-                            capture_output=True, text=True, check=True, close_fds=False).stdout
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        again = subprocess.run([sys.executable, "-c", listing],
-                               capture_output=True, text=True, check=True, close_fds=False).stdout
-    assert listed == again
-    assert len(json.loads(listed)) <= 5
+    assert subprocess.run(argv, stdout=subprocess.PIPE, check=True, close_fds=False).stdout == before
+
+
+def test_a_workers_descriptors_are_not_inherited_by_what_a_task_starts(make_pool: MakePool) -> None:
+    code = "import os; print(sorted(int(fd) for fd in os.listdir('/proc/self/fd')))"
+    listed = make_pool(1).submit(subprocess.check_output, [sys.executable, "-c", code], close_fds=False).result(30)
+    assert len(json.loads(listed)) <= 4, "the standard three, and that of the listing itself"

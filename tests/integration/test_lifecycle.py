@@ -22,7 +22,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from agentpool import AgentPool, ForkedPoolError, TaskKilledError, WorkerCrashedError, get_agent_pool
+from agentpool import AgentFuture, AgentPool, ForkedPoolError, TaskKilledError, WorkerCrashedError, get_agent_pool
 from agentpool.runtime.lifecycle import live_pools
 
 # Workers need not import this module, and pytest with it.
@@ -596,7 +596,7 @@ def test_daemonizing_with_a_pool(tmp_path: Path, wait_until: WaitUntil) -> None:
     note = tmp_path / "note"
     run(f"""
         import os, pathlib, time
-        from agentpool import AgentPool, ForkedPoolError
+        from agentpool import AgentFuture, AgentPool, ForkedPoolError
         pool = AgentPool(1)
         pid = pool.submit(os.getpid).result()
         if os.fork():
@@ -666,8 +666,32 @@ def test_nothing_outlives_the_parent(
     assert all(map(is_alive, pids))
     process.send_signal(number)
     assert process.wait(LONG) == -number
-    wait_until(lambda: not any(map(is_alive, pids)), f"somebody outlived it: {pids}")
-    read_rest(process)
+    try:
+        wait_until(lambda: not any(map(is_alive, pids)), f"somebody outlived it: {pids}")
+    finally:
+        for pid in filter(is_alive, pids):
+            os.kill(pid, signal.SIGKILL)
+        read_rest(process)
+
+
+def test_the_parents_death_is_seen_twice(tmp_path: Path, wait_until: WaitUntil, is_alive: IsAlive) -> None:
+    """By end of file and by signal, in any order and at the same instant: the keeper still ends what is below it."""
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        process, pids = start_busy(tmp_path / str(number), wait_until)
+        keeper = keeper_of(tmp_path / str(number))
+        process.kill()
+        for _ in range(300):
+            if is_alive(keeper):
+                os.kill(keeper, signal.SIGTERM)
+        process.wait(LONG)
+        wait_until(lambda pids=pids: not any(map(is_alive, pids)), "somebody outlived it")  # type: ignore[misc]
+        _, errors = read_rest(process)
+        assert errors == b""
+
+
+def keeper_of(folder: Path) -> int:
+    return int((folder / "pids").read_text().split()[2])
 
 
 def test_a_parent_that_crashes(tmp_path: Path, wait_until: WaitUntil, is_alive: IsAlive) -> None:
@@ -699,6 +723,79 @@ def test_ctrl_c_to_the_whole_group(tmp_path: Path, wait_until: WaitUntil) -> Non
     assert process.returncode == -signal.SIGINT
     assert errors.count(b"Traceback") == 1
     assert errors.rstrip().endswith(b"KeyboardInterrupt")
+
+
+def test_ctrl_c_at_any_moment_of_submitting(is_alive: IsAlive) -> None:
+    """KeyboardInterrupt is raised between any two instructions: it is never lost, and the block ends, all settled."""
+    import random
+
+    generator = random.Random(1)
+    with AgentPool(max_workers=2) as other:
+        for _ in range(40):
+            futures: list[AgentFuture[int]] = []
+            armed, caught = threading.Event(), threading.Event()
+            seconds = generator.uniform(0, 0.015)
+
+            def interrupt(armed: threading.Event = armed, seconds: float = seconds) -> None:
+                armed.wait()
+                time.sleep(seconds)
+                os.kill(os.getpid(), signal.SIGINT)
+
+            thread = threading.Thread(target=interrupt)
+            thread.start()
+            with pytest.raises(KeyboardInterrupt), AgentPool(max_workers=2) as pool:
+                pool.submit(abs, -1).result(LONG)
+                try:
+                    armed.set()
+                    while len(futures) < 100_000:
+                        futures.append(pool.submit(abs, -len(futures)))
+                finally:
+                    caught.set()
+            thread.join()
+            assert len(futures) < 100_000, "Ctrl-C was lost"
+            assert all(future.done() for future in futures)
+            for number, future in enumerate(futures):
+                if not future.cancelled():
+                    error = future.exception(0)
+                    assert error is None or isinstance(error, TaskKilledError)
+                    assert error is not None or future.result(0) == number
+        assert other.submit(abs, -1).result(LONG) == 1
+
+
+def test_a_pool_lives_on_after_ctrl_c(make_pool: MakePool) -> None:
+    """As in a notebook: the submitting is interrupted, the pool is used again, and ends as it should."""
+    import random
+
+    generator = random.Random(2)
+    pool = make_pool(max_workers=2)
+    pool.submit(abs, -1).result(LONG)
+    futures: list[AgentFuture[int]] = []
+    for _ in range(60):
+        armed = threading.Event()
+        seconds = generator.uniform(0, 0.004)
+
+        def interrupt(armed: threading.Event = armed, seconds: float = seconds) -> None:
+            armed.wait()
+            time.sleep(seconds)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            armed.set()
+            deadline = time.monotonic() + LONG
+            while time.monotonic() < deadline:
+                futures.append(pool.submit(abs, -3))
+                futures.append(pool.submit(abs, -3))
+                futures[-1].cancel()
+        thread.join()
+    assert pool.submit(abs, -2).result(LONG) == 2
+    for future in futures:
+        assert future.cancelled() or future.result(LONG) == 3
+    ended = threading.Thread(target=pool.shutdown, daemon=True)
+    ended.start()
+    ended.join(LONG)
+    assert not ended.is_alive(), "shutdown waits for a task that nobody knows"
 
 
 def test_a_parent_that_dies_while_workers_start(tmp_path: Path, wait_until: WaitUntil, is_alive: IsAlive) -> None:

@@ -218,6 +218,22 @@ def test_what_the_keeper_has_preloaded_belongs_to_the_baseline(
     assert "preload" in warning
 
 
+@pytest.mark.parametrize(("metric", "is_over"), [("rss", True), ("pss", True), ("uss", False)])
+def test_what_counts_may_be_chosen(
+    make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_logged: Callable[[str], list[str]],
+    metric: str, is_over: bool,
+) -> None:
+    """What the keeper preloads is shared by it and its one worker: half of 160 MB is each one's, none is its alone."""
+    (tmp_path / "shared_data.py").write_text("data = b'x' * (160 << 20)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    pool = make_pool(1, preload=("shared_data",), memory_metric=metric, memory_limit_mb=60)
+    assert len({pool.submit(os.getpid).result(30) for _ in range(3)}) == 1
+    assert bool(warnings_logged("a fresh worker already uses")) == is_over
+    first = pool.submit(hoard, 130).result(30)
+    assert pool.submit(os.getpid).result(30) != first
+    assert recycled(pool) == {"memory": 1}
+
+
 def test_what_an_initializer_has_started_belongs_to_the_baseline(
     make_pool: MakePool, wait_until: WaitUntil, is_alive: Callable[[int], bool],
     warnings_logged: Callable[[str], list[str]],

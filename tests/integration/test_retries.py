@@ -239,7 +239,8 @@ def test_a_task_that_killed_three_workers_is_quarantined_whatever_its_policy_say
     task = pool.options(retry=policy, name="poison").submit(crash, tmp_path / "log")
     error = crash_error(task)
     assert isinstance(error, QuarantinedError)
-    assert "(poison) killed 3 workers and is not run again" in str(error)
+    assert "while it ran task 1 (poison)" in str(error)
+    assert "killed 3 workers by now, and is not run again" in str(error)
     assert (len(attempts(tmp_path / "log")), task.attempts) == (3, 3)
     assert error.worker_pid == attempts(tmp_path / "log")[2]
     assert counters(pool)["start_failures"] == 0, "a poison task is no crash loop"
