@@ -162,10 +162,12 @@ class Keeper:
             if os.getppid() != self._pid:
                 os._exit(1)  # the keeper died before its death could have been signalled
             os.setsid()
-            if not self._setup["core_dumps"]:
-                import resource
+            import resource
 
+            if not self._setup["core_dumps"]:
                 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+            if self._setup["data_limit"] is not None:
+                resource.setrlimit(resource.RLIMIT_DATA, (self._setup["data_limit"],) * 2)
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
