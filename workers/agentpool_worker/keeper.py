@@ -210,7 +210,10 @@ class Keeper:
         os.pwrite(descriptors[-1], marshal.dumps(self._setup), REPORT)
         options = sys.orig_argv[1 : sys.orig_argv.index("-c")]  # those that the parent's interpreter runs with
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        program = f"import sys; sys.path.append({root!r}); from agentpool_worker import main; main.main(sys.argv)"
+        program = (
+            f"import sys; path = sys.path[:]; sys.path.insert(0, {root!r}); import agentpool_worker; sys.path[:] = path; "
+            "from agentpool_worker import main; main.main(sys.argv)"
+        )
         words = [sys.executable, *options, "-c", program, str(worker_id), *map(str, descriptors)]
         os.execv(sys.executable, words)
 
