@@ -37,7 +37,7 @@ from agentpool.errors import (
 if TYPE_CHECKING:
     from agentpool.breaker import ResourceCircuitBreaker
     from agentpool.config import BreakerSettings, PoolSettings
-    from agentpool.core.retry import RetryPolicy
+    from agentpool.core.retry import Escalate, RetryPolicy
     from agentpool.futures import AgentFuture, TaskSnapshot
     from agentpool.monitor import ResourceMonitor, get_resource_monitor
     from agentpool.orchestrator import orchestrate_with_memory_management
@@ -53,6 +53,7 @@ __all__ = [
     "AgentPoolError",
     "BreakerSettings",
     "CircuitOpenError",
+    "Escalate",
     "ForkedPoolError",
     "InitializerError",
     "InternalError",
@@ -88,6 +89,7 @@ _LAZY = {
     "AgentFuture": "agentpool.futures",
     "AgentPool": "agentpool.pool",
     "BreakerSettings": "agentpool.config",
+    "Escalate": "agentpool.core.retry",
     "PoolSettings": "agentpool.config",
     "PoolView": "agentpool.pool",
     "ResourceCircuitBreaker": "agentpool.breaker",

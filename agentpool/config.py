@@ -36,6 +36,7 @@ _LARGEST: Final = 1e12
 CpuPolicy = Literal["report", "throttle"]
 StartMethod = Literal["fork", "spawn"]
 MemoryMetric = Literal["rss", "pss", "uss"]
+Victim = Literal["task", "tool"]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -126,6 +127,7 @@ class PoolOptions(TypedDict, total=False):
     env_allow: tuple[str, ...] | None
     cwd: str | None
     core_dumps: bool
+    data_limit_mb: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +165,9 @@ class PoolSettings:
         Everything else, secrets included, is withheld; `env` is added afterwards.
     cwd: working directory of workers; None: this process's when the pool starts its first worker.
     core_dumps: whether a crashing worker may write one, as far as this process's limits allow.
+    data_limit_mb: RLIMIT_DATA of each worker and of each process that its task starts. The kernel holds it exactly, at
+        the instant of the allocation: a Python task gets a MemoryError. It counts what is allocated, touched or not, so
+        that programs that reserve much and use little break under it: None, the default, sets none.
     """
 
     max_workers: int = DEFAULT_MAX_WORKERS
@@ -194,6 +199,7 @@ class PoolSettings:
     env_allow: tuple[str, ...] | None = None
     cwd: str | None = None
     core_dumps: bool = False
+    data_limit_mb: float | None = None
 
     def __post_init__(self) -> None:
         _whole("max_workers", self.max_workers, least=1)
@@ -202,7 +208,7 @@ class PoolSettings:
         _whole("max_pending", self.max_pending, least=1, none=True)
         _whole("max_tasks_per_child", self.max_tasks_per_child, least=1, none=True)
         for name in ("memory_limit_mb", "memory_growth_mb", "hard_memory_limit_mb", "idle_timeout", "alert_memory_mb",
-                     "critical_memory_mb", "task_timeout", "queue_timeout"):
+                     "critical_memory_mb", "task_timeout", "queue_timeout", "data_limit_mb"):
             _positive(name, getattr(self, name), none=True)
         for name in ("cleanup_interval", "cpu_threshold_percent", "pressure_threshold", "start_timeout"):
             _positive(name, getattr(self, name))
@@ -302,6 +308,7 @@ class TaskOptionsDict(TypedDict, total=False):
     hard_memory_limit_mb: float | None
     name: str | None
     block: bool
+    victim: Victim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +321,8 @@ class TaskOptions:
     key: tasks with the same key prefer the worker that ran the last one.
     memory_limit_mb, hard_memory_limit_mb: as in `PoolSettings`, for this task; None: as the pool says.
     name: shown in reports. block: whether `submit` waits for room where `max_pending` is set.
+    victim: what is stopped when the worker's tree passes the hard limit: "task", or "tool": the biggest process that
+        the task started, while there is one, so that the task goes on with the error that its tool gives it.
     """
 
     timeout: float | None = None
@@ -325,6 +334,7 @@ class TaskOptions:
     hard_memory_limit_mb: float | None = None
     name: str | None = None
     block: bool = True
+    victim: Victim = "task"
 
     def __post_init__(self) -> None:
         for name in ("timeout", "queue_timeout", "memory_limit_mb", "hard_memory_limit_mb"):
@@ -334,6 +344,7 @@ class TaskOptions:
                f"priority must be a whole number, got {self.priority!r}")
         _check(self.key is None or isinstance(self.key, str), f"key must be a string, got {self.key!r}")
         _check(self.name is None or isinstance(self.name, str), f"name must be a string, got {self.name!r}")
+        _check(self.victim in ("task", "tool"), f"victim must be 'task' or 'tool', got {self.victim!r}")
         _check(isinstance(self.block, bool), f"block must be True or False, got {self.block!r}")
 
     def updated(self, given: Mapping[str, Any]) -> TaskOptions:

@@ -106,12 +106,14 @@ class QuarantinedError(WorkerCrashedError):
 class MemoryLimitError(AgentPoolError, MemoryError):
     """The task's process tree passed its hard memory limit and was stopped.
 
-    Attributes: `limit_bytes`, `peak_rss_bytes`, `samples` (the last readings, oldest first, as (seconds, bytes)).
+    Attributes: `limit_bytes`, `peak_rss_bytes`, `samples` (the last readings, oldest first, as (seconds, bytes)),
+    `is_pool_wide` (True: all workers together passed `critical_memory_mb`, and this was the biggest).
     """
 
     limit_bytes: int = 0
     peak_rss_bytes: int = 0
     samples: tuple[tuple[float, int], ...] = ()
+    is_pool_wide: bool = False
 
 
 class CircuitOpenError(AgentPoolError, BrokenExecutor):

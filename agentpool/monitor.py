@@ -61,7 +61,7 @@ _STATUS_SEVERITY: Final = ("ok", "degraded", "broken")
 _ADDITIVE_THRESHOLDS: Final = ("alert_memory_mb", "critical_memory_mb")
 _TOTALS: Final = ("total_agents", "max_pool_size", "max_concurrent", "queue_length", "running", "waiting_to_retry")
 _COUNTERS: Final = ("submitted", "completed", "failed", "cancelled", "retried", "timed_out", "crashed", "memory_killed",
-                    "spawned", "start_failures")
+                    "tools_stopped", "given_back", "spawned", "start_failures")
 _STOPPED: Final = ("workers_stopped", "tasks_cancelled", "tasks_stopped")
 
 

@@ -343,6 +343,7 @@ def _compile(options: TaskOptions) -> TaskSpec:
         priority=options.priority,
         key=options.key,
         name=options.name,
+        spares_task=options.victim == "tool",
         soft_limit_bytes=None if options.memory_limit_mb is None else int(options.memory_limit_mb * MB),
         hard_limit_bytes=None if options.hard_memory_limit_mb is None else int(options.hard_memory_limit_mb * MB),
     )

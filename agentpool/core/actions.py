@@ -29,6 +29,7 @@ __all__ = [
     "SampleHost",
     "SampleWorker",
     "Spawn",
+    "StopTool",
     "Warn",
 ]
 
@@ -76,6 +77,13 @@ class AskToStop:
 @dataclass(frozen=True, slots=True)
 class DumpStack:
     """Have the worker's signal handler write down what its threads do; it needs no reaction of the interpreter."""
+
+    worker: WorkerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class StopTool:
+    """SIGKILL the biggest process that the worker's task started, and leave the worker."""
 
     worker: WorkerRecord
 
@@ -133,6 +141,6 @@ class Close:
 
 
 Action: TypeAlias = (
-    Dispatch | Resolve | Spawn | Retire | Kill | AskToStop | DumpStack | Revoke | Collect | SampleWorker | SampleHost
-    | RoomFreed | BreakerChanged | Warn | Close
+    Dispatch | Resolve | Spawn | Retire | Kill | AskToStop | DumpStack | StopTool | Revoke | Collect | SampleWorker
+    | SampleHost | RoomFreed | BreakerChanged | Warn | Close
 )

@@ -14,10 +14,10 @@ from agentpool.core.actions import RESOLVE, AskToStop, DumpStack, Revoke
 from agentpool.core.crew import POOL_STOPPED
 from agentpool.core.queueing import TaskQueue
 from agentpool.core.records import StopCause, TaskRecord, WorkerExit, WorkerRecord
-from agentpool.core.retry import backoff_seconds
+from agentpool.core.retry import RetryPolicy, backoff_seconds
 from agentpool.core.transitions import TASK_TRANSITIONS, BreakerState, TaskState, WorkerState, allowed_masks
 from agentpool.core.upkeep import Upkeep
-from agentpool.errors import TaskTimeoutError
+from agentpool.errors import MemoryLimitError, TaskTimeoutError
 
 __all__ = ["Attempts"]
 
@@ -42,12 +42,14 @@ class Attempts(Upkeep):
         self.isolated: deque[TaskRecord] = deque()
         #: all and only the WAITING_RETRY tasks
         self.waiting: dict[int, TaskRecord] = {}
+        #: the task that runs while nothing else may
+        self.alone: TaskRecord | None = None
         self._hard_limit_bytes = (
             None if settings.hard_memory_limit_mb is None else int(settings.hard_memory_limit_mb * MB)
         )
 
     def _hard_limit(self, task: TaskRecord) -> int | None:
-        own = task.spec.hard_limit_bytes
+        own = task.hard_limit_bytes
         return self._hard_limit_bytes if own is None else own
 
     def _move_task(self, task: TaskRecord, state: TaskState) -> None:
@@ -72,11 +74,18 @@ class Attempts(Upkeep):
 
     def _settle(self, task: TaskRecord) -> None:
         self._move_task(task, _RESOLVED)
-        self._drop_timer(task)
+        self._attempt_over(task)
         task.worker = None
         task.stop = None
         self.unresolved -= 1
         if not self.unresolved and self.is_closing:
+            self._is_dirty = True
+
+    def _attempt_over(self, task: TaskRecord) -> None:
+        """It has left its worker, or was never in one."""
+        self._drop_timer(task)
+        if self.alone is task:
+            self.alone = None
             self._is_dirty = True
 
     def _take_waiting(self) -> list[TaskRecord]:
@@ -132,13 +141,24 @@ class Attempts(Upkeep):
         if wait is None:
             self._resolve(task, is_value, payload)
             return
+        if isinstance(error, MemoryLimitError) and policy is not None:
+            self._escalate(task, policy, error)
         self.counters.retried += 1
         task.idle_seconds += wait
         self._wait_for_retry(now, task, wait)
 
+    def _escalate(self, task: TaskRecord, policy: RetryPolicy, error: MemoryLimitError) -> None:
+        """What its policy says of the next attempt of a task that passed a memory limit."""
+        own = self._hard_limit(task)
+        if own is None or error.is_pool_wide:
+            _, task.is_alone = policy.after_memory_limit(None)
+        else:
+            task.hard_limit_bytes, task.is_alone = policy.after_memory_limit(own)
+        task.is_isolated = task.is_isolated or task.is_alone
+
     def _wait_for_retry(self, now: float, task: TaskRecord, seconds: float) -> None:
         self._move_task(task, _WAITING_RETRY)
-        self._drop_timer(task)
+        self._attempt_over(task)
         task.worker = None
         task.stop = None
         self.waiting[task.id] = task
@@ -153,7 +173,7 @@ class Attempts(Upkeep):
     def _queue_again(self, task: TaskRecord) -> None:
         """It had its turn before: it goes to the front of its priority."""
         self._move_task(task, _QUEUED)
-        self._drop_timer(task)
+        self._attempt_over(task)
         task.worker = None
         task.is_returned = True
         self._limit_waiting(task)

@@ -54,6 +54,7 @@ class Counters:
     timed_out: int = 0
     crashed: int = 0
     memory_killed: int = 0
+    tools_stopped: int = 0
     given_back: int = 0
     spawned: int = 0
     start_failures: int = 0

@@ -163,4 +163,5 @@ def memory_limit(task: TaskRecord, worker: WorkerRecord, limit_bytes: int, why: 
         limit_bytes=limit_bytes,
         peak_rss_bytes=max(task.peak_rss_bytes, worker.rss_bytes),
         samples=samples,
+        is_pool_wide=bool(why),
     )

@@ -148,6 +148,17 @@ def the_throttle_holds(scheduler: Scheduler) -> Iterator[str]:
         yield f"{scheduler.active} tasks run, max_concurrent is {scheduler.settings.concurrency}"
 
 
+def what_runs_alone_is_alone(scheduler: Scheduler) -> Iterator[str]:
+    """While a task runs that its retry policy wants alone, nothing else does."""
+    alone = scheduler.alone
+    if alone is None:
+        return
+    if not alone.is_alone or alone.state not in (TaskState.RUNNING, TaskState.STOPPING):
+        yield f"{alone!r} is said to run alone"
+    if scheduler.active > 1:
+        yield f"{scheduler.active} tasks run beside or instead of {alone!r}, which runs alone"
+
+
 def the_bound_holds(scheduler: Scheduler) -> Iterator[str]:
     """Queued <= max_pending where set; what was in a worker and came back is queued again all the same."""
     most = scheduler.settings.max_pending
@@ -258,6 +269,8 @@ def no_worker_is_idle_while_a_task_could_run(scheduler: Scheduler) -> Iterator[s
     """Once actions were taken, a queued task and an idle worker are there together only for the throttle's sake."""
     if scheduler._is_dirty or scheduler._hungry:
         return
+    if scheduler._is_reserved():
+        return
     if scheduler.queue and scheduler.idle and scheduler.active < scheduler.concurrency:
         yield f"{len(scheduler.queue)} tasks are queued, {list(scheduler.idle.values())} idle"
 
@@ -296,6 +309,7 @@ RULES: Final[tuple[Rule, ...]] = (
     limits_have_timers,
     the_pool_keeps_its_size,
     the_throttle_holds,
+    what_runs_alone_is_alone,
     the_bound_holds,
     numbers_agree_with_workers,
     places_agree_with_states,

@@ -32,6 +32,8 @@ class TaskSpec:
     kind: str | None = None
     name: str | None = None
     soft_limit_bytes: int | None = None
+    #: over the hard limit, the biggest process that the task started is stopped before the task itself
+    spares_task: bool = False
     hard_limit_bytes: int | None = None
 
 
@@ -56,9 +58,9 @@ class TaskRecord:
     """One accepted task."""
 
     __slots__ = (
-        "attempts", "call_key", "dispatch_failures", "first_started_at", "handle", "id", "idle_seconds", "is_isolated",
-        "is_returned", "kills", "last_error", "peak_rss_bytes", "queued_at", "spec", "started_at", "state", "stop",
-        "timer", "worker",
+        "attempts", "call_key", "dispatch_failures", "first_started_at", "handle", "hard_limit_bytes", "id",
+        "idle_seconds", "is_alone", "is_isolated", "is_returned", "kills", "last_error", "peak_rss_bytes",
+        "queued_at", "spec", "started_at", "state", "stop", "timer", "tools_stopped", "worker",
     )
 
     def __init__(self, task_id: int, spec: TaskSpec, handle: object, call_key: object = None) -> None:
@@ -91,8 +93,14 @@ class TaskRecord:
         #: the one deadline of its present state: queue_timeout, timeout, kill grace or back-off; none while ASSIGNED
         self.timer: Timer | None = None
         self.peak_rss_bytes = 0
-        #: it killed a worker before: it runs alone, in a fresh worker
+        #: it killed a worker before: it runs in a fresh worker, with nothing sent ahead behind it
         self.is_isolated = False
+        #: its retry policy wants it to run while nothing else does; it is isolated as well
+        self.is_alone = False
+        #: the hard limit of this attempt, where a retry policy changed it
+        self.hard_limit_bytes: int | None = spec.hard_limit_bytes
+        #: processes of its own that were stopped in its place, in this attempt
+        self.tools_stopped = 0
         self.last_error: BaseException | None = None
 
     def __repr__(self) -> str:

@@ -10,7 +10,8 @@ import math
 from random import Random
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from agentpool.errors import QuarantinedError, SettingsError, WorkerCrashedError
+from agentpool.config import MB
+from agentpool.errors import MemoryLimitError, QuarantinedError, SettingsError, WorkerCrashedError
 
 if TYPE_CHECKING:
     import tenacity
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     RetryLike: TypeAlias = "int | RetryPolicy | tenacity.BaseRetrying | None"
 
-__all__ = ["RetryPolicy", "backoff_seconds", "compile_policy"]
+__all__ = ["Escalate", "RetryPolicy", "backoff_seconds", "compile_policy"]
 
 #: Back-off after a lost worker, a failed dispatch or a failed start: 50 ms, doubling to 10 s, with jitter.
 _BACKOFF_INITIAL: Final = 0.05
@@ -95,6 +96,51 @@ class RetryPolicy:
             raise ValueError(f"the wait strategy {retrying.wait!r} said {seconds} s; it must be 0 or more, and finite")
         state.upcoming_sleep = seconds
         return None if retrying.stop(state) else seconds
+
+    def after_memory_limit(self, limit_bytes: int | None) -> tuple[int | None, bool]:
+        """For a task that is run again after it passed a memory limit: its next limit, and whether it runs alone."""
+        return limit_bytes, False
+
+
+class Escalate(RetryPolicy):
+    """Runs a task that passed its hard memory limit again: with more memory, or alone, or both.
+
+    factor: the limit of the next attempt is this times the last one, up to `cap_mb` (None: no cap), where the task had
+    a limit of its own; a task that was stopped for the pool's sake (`critical_memory_mb`) keeps what it had.
+    alone: the next attempt starts when no other task runs, and none starts beside it.
+    attempts: how often the task may begin, the first time included. wait: as in `RetryPolicy`.
+    A lost worker is a reason to try again as well, as it is with `retry=attempts`. Raises SettingsError.
+    """
+
+    def __init__(
+        self,
+        *,
+        factor: float = 1.5,
+        cap_mb: float | None = None,
+        alone: bool = False,
+        attempts: int = 3,
+        wait: WaitBaseT | None = None,
+    ) -> None:
+        import tenacity
+
+        if factor < 1 or (factor == 1 and not alone):
+            raise SettingsError(f"factor must be greater than 1, or 1 with alone=True, got {factor!r}")
+        if attempts < 2:
+            raise SettingsError(f"attempts must be at least 2, got {attempts!r}: the first one counts")
+        retry = tenacity.retry_if_exception(lambda error: is_lost_worker(error) or isinstance(error, MemoryLimitError))
+        super().__init__(stop=tenacity.stop_after_attempt(attempts), wait=wait, retry=retry)
+        self._factor = factor
+        self._cap_bytes = None if cap_mb is None else int(cap_mb * MB)
+        self._is_alone = alone
+
+    def after_memory_limit(self, limit_bytes: int | None) -> tuple[int | None, bool]:
+        """The next attempt's limit, and whether it runs alone."""
+        if limit_bytes is None:
+            return None, self._is_alone
+        raised = int(limit_bytes * self._factor)
+        if self._cap_bytes is not None:
+            raised = max(limit_bytes, min(raised, self._cap_bytes))
+        return raised, self._is_alone
 
 
 def _sees_results(retry: object) -> bool:

@@ -75,7 +75,7 @@ class Scheduler(Attempts):
         self.unresolved += 1
         task.queued_at = now
         if self.active < self.concurrency:
-            if self.idle and not self.queue and not self.isolated:
+            if self.idle and not self.queue and not self.isolated and self.alone is None:
                 self._run(now, self._choose(task), task)
                 return
             self._is_dirty = True
@@ -258,7 +258,7 @@ class Scheduler(Attempts):
         queue = self.queue
         if self.isolated:
             self._place_isolated(now)
-        while queue and self.idle and self.active < self.concurrency:
+        while queue and self.idle and self.active < self.concurrency and not self._is_reserved():
             task = queue.pop()
             self._run(now, self._choose(task), task)
         if self._hungry:
@@ -283,12 +283,22 @@ class Scheduler(Attempts):
         return choose_worker(task, self.idle.values(), self._affinity)
 
     def _place_isolated(self, now: float) -> None:
-        while self.isolated and self.active < self.concurrency:
+        while self.isolated and self.active < self.concurrency and self.alone is None:
+            task = self.isolated[0]
+            if task.is_alone and self.active:
+                return  # nothing new is started until those have ended
             worker = fresh_worker(self.idle.values())
             if worker is None:
                 self._make_room_for_fresh(now)
                 return
-            self._run(now, worker, self.isolated.popleft())
+            self.isolated.popleft()
+            if task.is_alone:
+                self.alone = task
+            self._run(now, worker, task)
+
+    def _is_reserved(self) -> bool:
+        """A task that runs alone is running, or is the next to run."""
+        return self.alone is not None or bool(self.isolated and self.isolated[0].is_alone)
 
     def _make_room_for_fresh(self, now: float) -> None:
         """All places are taken by used workers: one of them goes, if a fresh one can come."""
@@ -309,6 +319,7 @@ class Scheduler(Attempts):
         task.worker = worker
         worker.running = task
         worker.is_over_hard_limit = False
+        task.tools_stopped = 0
         task.attempts += 1
         task.started_at = now
         if task.first_started_at is None:
@@ -323,7 +334,7 @@ class Scheduler(Attempts):
         if spec.key is not None:
             self._affinity.used(spec.key, worker)
         soon = recycling.SAMPLE_BUSY
-        if spec.hard_limit_bytes is not None or self._hard_limit_bytes is not None:
+        if task.hard_limit_bytes is not None or self._hard_limit_bytes is not None:
             soon = recycling.next_sample_interval(worker, self._hard_limit(task), self.settings.cleanup_interval)
         timer = worker.sample_timer
         if timer is None or timer.when > now + soon:
@@ -332,8 +343,8 @@ class Scheduler(Attempts):
     def _feed(self, now: float) -> None:
         """Send short calls ahead to workers that just ended one, while the queue is deep."""
         hungry, self._hungry = self._hungry, []
-        if self.isolated:
-            return  # they wait for a worker to run dry
+        if self.isolated or self.alone is not None:
+            return  # they wait for a worker to run dry, or for an end of everything else
         for worker in hungry:
             head = worker.running
             if head is not None and worker.state is _BUSY and worker.retire_reason is None and not worker.wants_check:
@@ -373,6 +384,9 @@ class Scheduler(Attempts):
             self._watch_backlog(worker, head)
 
     def _demand(self) -> int:
+        if self._is_reserved():
+            is_served = self.alone is not None or self.active or fresh_worker(self.idle.values()) is not None
+            return 0 if is_served else 1
         slots = self.concurrency - self.active
         isolated = min(len(self.isolated), slots)
         fresh = 0

@@ -9,7 +9,7 @@ from typing import Final
 
 from agentpool.config import PoolSettings
 from agentpool.core import failures, governance, recycling
-from agentpool.core.actions import Collect, SampleHost, SampleWorker
+from agentpool.core.actions import Collect, SampleHost, SampleWorker, StopTool
 from agentpool.core.crew import Crew
 from agentpool.core.records import HostState, StopCause, TaskRecord, TreeState, WorkerRecord
 from agentpool.core.timers import Timer
@@ -25,6 +25,8 @@ CHECK_GRACE: Final = 10.0
 HOST_INTERVAL_BUSY: Final = 2.0
 #: So many fresh workers in a row over the limit after their first task are worth a warning.
 ALWAYS_OVER: Final = 3
+#: So many of its processes are stopped in a task's place, in one attempt; then the task itself is.
+MAX_TOOLS_STOPPED: Final = 20
 
 
 class Upkeep(Crew):
@@ -98,7 +100,13 @@ class Upkeep(Crew):
             worker.is_over_hard_limit = False
         elif worker.is_over_hard_limit or worker.rss_bytes > limit * 5 // 4:
             # Twice in a row, since a fork just before exec shows the parent twice for one reading; or plainly over.
-            self._stop_for_memory(now, worker, task, limit)
+            if task.spec.spares_task and worker.processes > 1 and task.tools_stopped < MAX_TOOLS_STOPPED:
+                worker.is_over_hard_limit = False
+                task.tools_stopped += 1
+                self.counters.tools_stopped += 1
+                self._actions.append(StopTool(worker))
+            else:
+                self._stop_for_memory(now, worker, task, limit)
         else:
             worker.is_over_hard_limit = True
 

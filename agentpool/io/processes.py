@@ -31,8 +31,10 @@ KeeperMessage = tuple[str, int, int | str, int | None]
 
 _MARK: Final = "AGENTPOOL_KEEPER"
 
+#: The package is that of this process, whatever else is installed; nothing else comes from its folder by this.
 _PROGRAM: Final = (
-    "import sys; sys.path.append(sys.argv[3]); from agentpool_worker import keeper; keeper.main(sys.argv)"
+    "import sys; path = sys.path[:]; sys.path.insert(0, sys.argv[3]); import agentpool_worker; sys.path[:] = path; "
+    "from agentpool_worker import keeper; keeper.main(sys.argv)"
 )
 
 

@@ -95,6 +95,19 @@ class TreeSampler:
         self._others = others
         return TreeReading(rss, root_rss, count, cpu_seconds)
 
+    def kill_biggest_descendant(self) -> int | None:
+        """SIGKILL the descendant with the most memory of its own, and return its process id; None: there is none."""
+        sizes: list[tuple[int, psutil.Process]] = []
+        for pid in descendants(self.pid):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                process = psutil.Process(pid)
+                sizes.append((_usage(process, self._metric)[0], process))
+        for _, process in sorted(sizes, key=lambda item: item[0], reverse=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                process.kill()  # psutil sees to it that the process id is still the same process's
+                return process.pid
+        return None
+
     def close(self) -> None:
         """Forgets the process; from now on `read` returns None."""
         self._process = None

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from agentpool.config import MemoryMetric, PoolSettings
+from agentpool.config import MB, MemoryMetric, PoolSettings
 from agentpool.core.records import TaskRecord, TreeState, WorkerExit, WorkerRecord
 from agentpool.io import processes
 from agentpool.io.channel import Channel
@@ -75,6 +75,11 @@ class Link:
         reading = self.sampler.read()
         return own_bytes if reading is None else reading.rss_bytes
 
+    def stop_tool(self) -> None:
+        """SIGKILL the biggest process below the worker, if there is one."""
+        if self.sampler is not None:
+            self.sampler.kill_biggest_descendant()
+
     def sample(self) -> TreeState | None:
         """Measure its tree; None: it is gone, or not there yet."""
         reading = self.sampler.read() if self.sampler is not None else None
@@ -125,6 +130,7 @@ class Staff:
             "preload": list(self._settings.preload),
             "method": self._settings.start_method,
             "core_dumps": self._settings.core_dumps,
+            "data_limit": None if self._settings.data_limit_mb is None else int(self._settings.data_limit_mb * MB),
             "authkey": bytes(multiprocessing.process.current_process().authkey),
         }
 

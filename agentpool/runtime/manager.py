@@ -383,7 +383,9 @@ class Manager:
                 log.warning("%s", message)
             case act.Close():
                 self._finish()
-            case act.Retire() | act.Kill() | act.AskToStop() | act.DumpStack() | act.Revoke() | act.Collect():
+            case act.Retire() | act.Kill() | act.AskToStop() | act.DumpStack() | act.StopTool() | act.Revoke() | (
+                act.Collect()
+            ):
                 link = self._staff.links.get(action.worker.id)
                 if link is not None:
                     self._perform_on(link, action)
@@ -391,7 +393,9 @@ class Manager:
                 raise InternalError(f"the core asked for {action!r}, and nobody performs that")
 
     def _perform_on(
-        self, link: Link, action: act.Retire | act.Kill | act.AskToStop | act.DumpStack | act.Revoke | act.Collect
+        self,
+        link: Link,
+        action: act.Retire | act.Kill | act.AskToStop | act.DumpStack | act.StopTool | act.Revoke | act.Collect,
     ) -> None:
         match action:
             case act.Retire():
@@ -402,6 +406,8 @@ class Manager:
                 link.kill()
             case act.AskToStop(_, task, wants_stack):
                 link.channel.ask_to_stop(task.id, wants_stack=wants_stack)
+            case act.StopTool():
+                link.stop_tool()
             case act.DumpStack():
                 link.signal(signal.SIGUSR1)
             case act.Collect():

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from agentpool.config import MB, BreakerSettings, PoolSettings
 from agentpool.core.records import TaskSpec
-from agentpool.core.retry import RetryPolicy
+from agentpool.core.retry import Escalate, RetryPolicy
 from agentpool.errors import MemoryLimitError, TaskTimeoutError
 
 
@@ -30,6 +30,8 @@ POLICIES = (
     RetryPolicy(stop=tenacity.stop_after_attempt(2), wait=tenacity.wait_none(),
                 retry=tenacity.retry_if_result(lambda value: value == "again")),
     RetryPolicy(retry=_raises),
+    Escalate(factor=2, wait=tenacity.wait_none()),
+    Escalate(factor=1, alone=True, wait=tenacity.wait_none()),
 )
 
 settings_made = st.builds(

@@ -106,6 +106,12 @@ def _closed(bench: Any) -> None:
     bench.core.is_closed = True
 
 
+def _alone_beside_another(bench: Any) -> None:
+    bench.core.alone = bench.running
+    bench.running.is_alone = True
+    bench.core.active = 2
+
+
 BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("nothing_is_lost", _hide_task),
     ("nothing_is_lost", lambda bench: setattr(bench.core.counters, "submitted", 9)),
@@ -126,6 +132,8 @@ BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("limits_have_timers", _dead_timer("queued", "timer")),
     ("the_pool_keeps_its_size", _too_many_workers),
     ("the_throttle_holds", _set(core__active=4)),
+    ("what_runs_alone_is_alone", lambda bench: setattr(bench.core, "alone", bench.queued)),
+    ("what_runs_alone_is_alone", _alone_beside_another),
     ("the_bound_holds", _many_pending),
     ("numbers_agree_with_workers", _set(core__pool_bytes=1)),
     ("places_agree_with_states", lambda bench: bench.core.idle.clear()),

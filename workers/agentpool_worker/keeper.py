@@ -162,10 +162,12 @@ class Keeper:
             if os.getppid() != self._pid:
                 os._exit(1)  # the keeper died before its death could have been signalled
             os.setsid()
-            if not self._setup["core_dumps"]:
-                import resource
+            import resource
 
+            if not self._setup["core_dumps"]:
                 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+            if self._setup["data_limit"] is not None:
+                resource.setrlimit(resource.RLIMIT_DATA, (self._setup["data_limit"],) * 2)
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
@@ -208,7 +210,10 @@ class Keeper:
         os.pwrite(descriptors[-1], marshal.dumps(self._setup), REPORT)
         options = sys.orig_argv[1 : sys.orig_argv.index("-c")]  # those that the parent's interpreter runs with
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        program = f"import sys; sys.path.append({root!r}); from agentpool_worker import main; main.main(sys.argv)"
+        program = (
+            f"import sys; path = sys.path[:]; sys.path.insert(0, {root!r}); import agentpool_worker; sys.path[:] = path; "
+            "from agentpool_worker import main; main.main(sys.argv)"
+        )
         words = [sys.executable, *options, "-c", program, str(worker_id), *map(str, descriptors)]
         os.execv(sys.executable, words)
 
