@@ -6,12 +6,14 @@ Works wherever a Future does: `wait`, `as_completed`, `asyncio.wrap_future`. Any
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from agentpool.core.transitions import TaskState
+from agentpool.runtime import interrupts
 from agentpool.runtime.outcomes import Encoded, unpickling_error
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ __all__ = ["AgentFuture", "TaskSnapshot"]
 T = TypeVar("T")
 
 log = logging.getLogger("agentpool")
+
+# The states of concurrent.futures._base, which has no public names for them.
+_CANCELLED = frozenset({"CANCELLED", "CANCELLED_AND_NOTIFIED"})
+_OVER = _CANCELLED | {"FINISHED"}
 
 _STATES = {
     TaskState.QUEUED: "queued",
@@ -116,6 +122,17 @@ class AgentFuture(Future[T]):
         words = "failed" if task is None else f"task {task.id} {self._state_word(task)}"
         return f"<{type(self).__name__} at {id(self):#x} {words}>"
 
+    # Without the condition of the base class: one look needs no lock, and Ctrl-C in the middle of taking it would leave
+    # it taken for good.
+
+    def done(self) -> bool:
+        """Is the task over: returned, failed or cancelled?"""
+        return self._state in _OVER
+
+    def cancelled(self) -> bool:
+        """Was the task cancelled before it began?"""
+        return self._state in _CANCELLED
+
     # -- what can be done to it ----------------------------------------------------------------------------------
 
     def running(self) -> bool:
@@ -125,12 +142,12 @@ class AgentFuture(Future[T]):
 
     def cancel(self) -> bool:
         """Withdraw the task if it has not begun. True: it is cancelled. A running task is not stopped: see `kill`."""
-        if self.cancelled():
-            return True
-        if self._task is None or self._manager is None or self.done() or not self._manager.cancel(self._task):
-            return self.cancelled()
-        self.settle_cancelled()
-        return True
+        with interrupts.held():
+            if self.cancelled():
+                return True
+            if self._task is None or self._manager is None or self.done():
+                return False
+            return self._manager.cancel(self._task) or self.cancelled()
 
     def kill(self) -> bool:
         """Stop the task, running or not: it is asked first (a `TaskCancelled` is raised in it), and its worker is
@@ -170,6 +187,8 @@ class AgentFuture(Future[T]):
             return
         try:
             value, failure = encoded.rebuild(), None
+        except KeyboardInterrupt:
+            raise  # it is the reader's; the next call tries again
         except BaseException as error:  # user code; SystemExit in it must not end the reader
             value, failure = None, unpickling_error(error)
         with self._condition:
@@ -198,5 +217,7 @@ class AgentFuture(Future[T]):
         for callback in self._done_callbacks:  # type: ignore[attr-defined]
             try:
                 callback(self)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                    raise  # somebody pressed Ctrl-C while this thread cancelled the task
                 log.exception("exception calling callback for %r", self)

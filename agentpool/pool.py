@@ -74,6 +74,8 @@ class _Submitting(Executor):
         future: AgentFuture[T] = AgentFuture()
         try:
             payload, buffers = _serialize(fn, args, kwargs)
+        except KeyboardInterrupt:
+            raise  # it is the submitter's
         except BaseException as error:  # a user's __reduce__; SystemExit in it must not end the submitter
             self._manager.check_open()
             future.set_exception(_pickling_error(error, fn, args, kwargs))
@@ -111,6 +113,8 @@ class _Submitting(Executor):
         future: AgentFuture[Any] = AgentFuture()
         try:
             payload, buffers = protocol.dumps((protocol.run_agent, (kind, prompt, kwargs), {}))
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
             self._manager.check_open()
             future.set_exception(_pickling_error(error, cls, (prompt,), kwargs))
@@ -398,6 +402,8 @@ def _pickling_error(
     for name, value in (("the function", fn), *((f"args[{i}]", v) for i, v in enumerate(args)), *kwargs.items()):
         try:
             attempt(value)
+        except KeyboardInterrupt:
+            raise
         except BaseException:  # that is the one
             where = unpicklable.find(value, name, attempt) or name
             break

@@ -225,11 +225,10 @@ class Crew(ABC):
 
     def _may_start(self, now: float) -> bool:
         """Otherwise a timer, the breaker or the next reading of the host comes back to it."""
-        return (
-            self.breaker.allows_start()
-            and now >= self._spawn_not_before
-            and not (self.governor.forbids_growth and self.live)
-        )
+        return now >= self._spawn_not_before and self._admits_start()
+
+    def _admits_start(self) -> bool:
+        return self.breaker.allows_start() and not (self.governor.forbids_growth and self.live)
 
     def _spawn(self, now: float) -> None:
         worker = WorkerRecord(self._next_worker_id, now)

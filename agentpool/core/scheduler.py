@@ -204,7 +204,6 @@ class Scheduler(Attempts):
         """Forbid all starts until `reset_breaker`."""
         self.breaker.force_open(reason)
         self._note_breaker(now)
-        self._is_dirty = True
 
     def reset_breaker(self, now: float) -> None:
         """Close the breaker by hand."""
@@ -225,8 +224,7 @@ class Scheduler(Attempts):
         self._note(now, "shutdown")
         if not cancel_futures:
             return []
-        is_starting = self.breaker.state is BreakerState.CLOSED and self.broken is None
-        free = self.concurrency - self.active if is_starting else 0
+        free = self.concurrency - self.active if self.breaker.state is BreakerState.CLOSED else 0
         kept = [self.queue.pop() for _ in range(min(free, len(self.queue)))]
         cancelled = self._cancel_waiting()
         for task in kept:
@@ -272,7 +270,7 @@ class Scheduler(Attempts):
 
     def _consider_room(self) -> None:
         limit = self.settings.max_pending
-        if limit is None or len(self.queue) < limit or self.is_closing or self.broken is not None:
+        if limit is None or len(self.queue) < limit or self.is_closing:
             self._is_room_wanted = False
             self._actions.append(RoomFreed())
 
@@ -297,8 +295,15 @@ class Scheduler(Attempts):
             self._run(now, worker, task)
 
     def _is_reserved(self) -> bool:
-        """A task that runs alone is running, or is the next to run."""
-        return self.alone is not None or bool(self.isolated and self.isolated[0].is_alone)
+        """A task that runs alone is running, or is the next to run.
+
+        While no worker may start that is fresh enough for it, the others are not kept waiting for nothing.
+        """
+        if self.alone is not None:
+            return True
+        if not self.isolated or not self.isolated[0].is_alone:
+            return False
+        return self._admits_start() or self.starting > 0 or fresh_worker(self.idle.values()) is not None
 
     def _make_room_for_fresh(self, now: float) -> None:
         """All places are taken by used workers: one of them goes, if a fresh one can come."""
@@ -347,7 +352,7 @@ class Scheduler(Attempts):
             return  # they wait for a worker to run dry, or for an end of everything else
         for worker in hungry:
             head = worker.running
-            if head is not None and worker.state is _BUSY and worker.retire_reason is None and not worker.wants_check:
+            if head is not None and worker.retire_reason is None and not worker.wants_check:
                 self._send_ahead(worker, head)
 
     def _send_ahead(self, worker: WorkerRecord, head: TaskRecord) -> None:
@@ -384,16 +389,12 @@ class Scheduler(Attempts):
             self._watch_backlog(worker, head)
 
     def _demand(self) -> int:
+        # Asked after placing: whoever could use an idle worker has it.
         if self._is_reserved():
-            is_served = self.alone is not None or self.active or fresh_worker(self.idle.values()) is not None
-            return 0 if is_served else 1
+            return 0 if self.active else 1
         slots = self.concurrency - self.active
         isolated = min(len(self.isolated), slots)
-        fresh = 0
-        if isolated:
-            fresh = min(isolated, sum(not worker.tasks_done for worker in self.idle.values()))
-        others = min(len(self.queue), slots - isolated) - (len(self.idle) - fresh)
-        return isolated - fresh + max(0, others)
+        return isolated + max(0, min(len(self.queue), slots - isolated) - len(self.idle))
 
     def _worker_free(self, now: float, worker: WorkerRecord) -> None:
         """The task at its head has ended."""

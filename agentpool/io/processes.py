@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import marshal
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from typing import Final
 
 import agentpool_worker
 
-__all__ = ["KeeperClient", "KeeperMessage", "environment", "send"]
+__all__ = ["KeeperClient", "KeeperMessage", "environment", "has_ended", "send"]
 
 _MAX_MESSAGE: Final = 128 * 1024
 #: Looks for orphans at most: one that forks while it is being looked for is seen the next time.
@@ -157,6 +158,10 @@ class KeeperClient:
                 killed += _kill_marked(pid, mark)
         return killed
 
+    def kill(self) -> None:
+        """SIGKILL it: it does not do its work. Its workers die with it."""
+        self._process.kill()
+
     @property
     def exit_code(self) -> int | None:
         """How the keeper ended, negative for a signal; None: it lives, or `stop` was not called."""
@@ -207,6 +212,13 @@ def _kill_marked(pid: int, mark: bytes) -> int:
     finally:
         os.close(pidfd)
     return 1
+
+
+def has_ended(pidfd: int) -> bool:
+    """Has the process of this pidfd ended, waited for or not?"""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def send(pidfd: int | None, pid: int, number: int) -> None:

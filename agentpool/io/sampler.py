@@ -95,6 +95,12 @@ class TreeSampler:
         self._others = others
         return TreeReading(rss, root_rss, count, cpu_seconds)
 
+    def kill_remembered(self) -> None:
+        """SIGKILL the descendants that the last reading found, whoever their parent is by now."""
+        for process in self._others.values():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                process.kill()  # psutil sees to it that the process id is still the same process's
+
     def kill_biggest_descendant(self) -> int | None:
         """SIGKILL the descendant with the most memory of its own, and return its process id; None: there is none."""
         sizes: list[tuple[int, psutil.Process]] = []

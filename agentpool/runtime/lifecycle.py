@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentpool.runtime.manager import Manager
 
-__all__ = ["is_exiting", "live_pools", "register"]
+__all__ = ["fill_standard_descriptors", "is_exiting", "live_pools", "register"]
 
 _managers: weakref.WeakSet[Manager] = weakref.WeakSet()
 _pools: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -36,6 +36,22 @@ def live_pools() -> list[Any]:
 def is_exiting() -> bool:
     """Has the interpreter begun to end?"""
     return _is_exiting
+
+
+def fill_standard_descriptors() -> None:
+    """Open /dev/null where the program was started without standard input, output or error (as some daemons are).
+
+    Otherwise a pipe of ours would get that number, and be written into by whoever writes to standard error.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
 
 
 def _at_exit() -> None:

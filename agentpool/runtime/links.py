@@ -64,6 +64,10 @@ class Link:
         self.is_kill_wanted = True
         self.signal(signal.SIGKILL)
 
+    def is_dead(self) -> bool:
+        """Has the process ended, whatever its keeper says?"""
+        return self.pidfd is not None and processes.has_ended(self.pidfd)
+
     def signal(self, number: int) -> None:
         """Signal the worker itself, if it lives."""
         if self.pid is not None:
@@ -125,8 +129,9 @@ class Staff:
 
     def _setup(self) -> dict[str, object]:
         return {
-            "path": [entry for entry in sys.path if isinstance(entry, str)],
-            "argv": [word for word in sys.argv if isinstance(word, str)],
+            # marshal takes no subclasses of str
+            "path": [str.__str__(entry) for entry in sys.path if isinstance(entry, str)],
+            "argv": [str.__str__(word) for word in sys.argv if isinstance(word, str)],
             "preload": list(self._settings.preload),
             "method": self._settings.start_method,
             "core_dumps": self._settings.core_dumps,
@@ -175,8 +180,12 @@ class Staff:
             return []
         self._reactor.unwatch(keeper.fileno())
         keeper.stop()
+        lost = [link for link in self.links.values() if link.keeper is keeper]
+        for link in lost:
+            if link.sampler is not None:
+                link.sampler.kill_remembered()
         keeper.kill_orphans()
-        return [link for link in self.links.values() if link.keeper is keeper]
+        return lost
 
     def close(self) -> None:
         """End the keeper and whatever is left below it."""

@@ -15,7 +15,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final, Protocol
 
 from agentpool.config import PoolSettings
@@ -24,11 +25,18 @@ from agentpool.core.failures import fresh
 from agentpool.core.records import HostState, TaskRecord, TaskSpec, WorkerExit, WorkerRecord
 from agentpool.core.scheduler import Scheduler
 from agentpool.core.transitions import TaskState
-from agentpool.errors import ForkedPoolError, InternalError, PoolClosedError, QueueFullError, TaskKilledError
+from agentpool.errors import (
+    AgentPoolError,
+    ForkedPoolError,
+    InternalError,
+    PoolClosedError,
+    QueueFullError,
+    TaskKilledError,
+)
 from agentpool.io.channel import Channel
 from agentpool.io.host import HostSampler
 from agentpool.io.reactor import Reactor
-from agentpool.runtime import lifecycle
+from agentpool.runtime import interrupts, lifecycle
 from agentpool.runtime.links import Link
 from agentpool.runtime.reception import Event, Reception
 
@@ -37,6 +45,8 @@ __all__ = ["Call", "Manager", "SettlesFuture"]
 log = logging.getLogger("agentpool")
 
 #: How long the manager waits for room in its own standard error before it tries again, in seconds.
+#: Why a pool ended by itself.
+_TORN: Final = "an exception of a signal handler (Ctrl-C) came in the middle of a call of the pool; make a new one"
 _STDERR_RETRY: Final = 0.05
 
 
@@ -81,6 +91,7 @@ class Manager:
         self._late_kills: list[tuple[TaskRecord, TaskKilledError]] = []
         #: accepted and not settled; what the handler of last resort fails
         self._open: dict[int, TaskRecord] = {}
+        lifecycle.fill_standard_descriptors()
         self._reactor = Reactor()
         self._reception = Reception(self.core, self._reactor)
         self._staff = self._reception.staff
@@ -91,6 +102,8 @@ class Manager:
         self._is_finished = False
         self._is_forked = False
         self._is_dropped = False
+        #: a thread is changing the core; seen by another one that has the lock: a signal's exception tore that change
+        self._is_inside = False
         self._stop_reason = ""
 
     # -- any thread ----------------------------------------------------------------------------------------------
@@ -103,23 +116,62 @@ class Manager:
         """
         self.check_open()
         task = TaskRecord(next(self._task_ids), spec, call, call_key)
+        while True:
+            is_held = interrupts.hold()
+            try:
+                self._accept(task)
+                return task
+            except QueueFullError:
+                if not block or threading.get_ident() == self._thread_id:
+                    raise
+            finally:
+                if is_held:
+                    interrupts.release()
+            self._wait_for_room()
+
+    def _accept(self, task: TaskRecord) -> None:
         with self.lock:
             self._start_if_open()  # before the task is accepted: where no thread can be had, nothing is lost
-            while True:
-                now = time.monotonic()
-                try:
-                    self.core.submit(now, task)
-                    self._open[task.id] = task
-                    break
-                except QueueFullError:
-                    if not block or threading.get_ident() == self._thread_id:
-                        raise
-                    self._room.wait()
-                except PoolClosedError as error:
-                    raise PoolClosedError(f"{error}{self._stop_reason}") from None
+            self._enter()
+            now = time.monotonic()
+            try:
+                self.core.submit(now, task)
+            except QueueFullError:
+                self._is_inside = False
+                raise
+            except PoolClosedError as error:
+                self._is_inside = False
+                raise PoolClosedError(f"{error}{self._stop_reason}") from None
+            self._open[task.id] = task
             self._take(now)
             self._wake_for_deadline()
-        return task
+            self._is_inside = False
+
+    def _wait_for_room(self) -> None:
+        core, limit = self.core, self.core.settings.max_pending
+        with self.lock:
+            while limit is not None and len(core.queue) >= limit and not core.is_closing and core.broken is None:
+                self._room.wait()
+
+    def _enter(self) -> None:
+        """Under the lock: begin to change the core; `_is_inside = False` ends it.
+
+        KeyboardInterrupt, or what another signal handler raises, comes between any two instructions of the main
+        thread. A change that was torn by it cannot be mended, so the manager thread ends such a pool. Raises
+        PoolClosedError then.
+        """
+        if self._is_inside:
+            self._reactor.wake()
+            raise PoolClosedError(f"cannot schedule new futures after shutdown: {_TORN}")
+        self._is_inside = True
+
+    @contextmanager
+    def _section(self) -> Iterator[float]:
+        """The lock, for changes of the core that are not on the hot path; yields the time."""
+        with interrupts.held(), self.lock:
+            self._enter()
+            yield time.monotonic()
+            self._is_inside = False
 
     def check_open(self) -> None:
         """Raises what `submit` would raise for any task: the pool is closed, broken or another process's."""
@@ -142,21 +194,20 @@ class Manager:
 
     def start(self) -> None:
         """Start the floor of workers (`min_workers`) without waiting for a task."""
-        with self.lock:
-            now = time.monotonic()
+        with self._section() as now:
             self._start_if_open()
             self.core.start(now)
             self._take(now)
 
     def cancel(self, task: TaskRecord) -> bool:
-        """Withdraw a task that has not begun. True: it will not run, and its future is the caller's to settle."""
-        with self.lock:
-            now = time.monotonic()
-            self._take_back(now, task)
-            is_cancelled = self.core.cancel(now, task)
-            self._take(now)
-        if is_cancelled:
-            self._call_of(task)
+        """Withdraw a task that has not begun. True: it will not run, and its future is cancelled."""
+        with interrupts.held():  # also from the decision to the settling
+            with self._section() as now:
+                self._take_back(now, task)
+                is_cancelled = self.core.cancel(now, task)
+                self._take(now)
+            if is_cancelled:
+                self._settle_cancelled([task])
         return is_cancelled
 
     def _call_of(self, task: TaskRecord) -> Call | None:
@@ -182,8 +233,7 @@ class Manager:
 
     def kill(self, task: TaskRecord, reason: str) -> bool:
         """Stop a running task: asked first, killed after the grace. False: it is over, or has not begun."""
-        with self.lock:
-            now = time.monotonic()
+        with self._section() as now:
             error = TaskKilledError(f"task {task.id} was stopped: {reason}")
             is_stopping = self.core.kill_task(now, task, error)
             if not is_stopping and task.state is TaskState.ASSIGNED:
@@ -199,31 +249,35 @@ class Manager:
         """Accept nothing more; end when all is done. Safe from any thread, and any number of times."""
         if self._is_forked:
             return
-        with self.lock:
-            now = time.monotonic()
-            if cancel_futures:
-                self._take_all_back(now)
-            cancelled = self.core.shutdown(now, cancel_futures=cancel_futures)
-            self._room.notify_all()
-            self._take(now)
-            self._reactor.wake()
-        self._settle_cancelled(cancelled)
+        cancelled: list[TaskRecord] = []
+        with interrupts.held():
+            # Where a change was torn the manager thread ends the pool by itself.
+            with suppress(PoolClosedError), self._section() as now:
+                if cancel_futures:
+                    self._take_all_back(now)
+                cancelled = self.core.shutdown(now, cancel_futures=cancel_futures)
+                self._room.notify_all()
+                self._take(now)
+                self._reactor.wake()
+            self._settle_cancelled(cancelled)
         self._join(wait)
 
     def stop_all(self, error: BaseException, reason: str, *, wait: bool) -> tuple[int, int, int]:
         """Kill everything now. Returns the numbers of workers stopped, tasks cancelled and tasks stopped."""
         if self._is_forked:
             return (0, 0, 0)
-        with self.lock:
-            now = time.monotonic()
-            self._stop_reason = f": {reason}" if reason else ""
-            workers, active = len(self.core.workers), self.core.active
-            self._take_all_back(now)
-            cancelled = self.core.stop_all(now, error)
-            self._room.notify_all()
-            self._take(now)
-            self._reactor.wake()
-        self._settle_cancelled(cancelled)
+        workers, active = 0, 0
+        cancelled: list[TaskRecord] = []
+        with interrupts.held():
+            with suppress(PoolClosedError), self._section() as now:
+                self._stop_reason = f": {reason}" if reason else ""
+                workers, active = len(self.core.workers), self.core.active
+                self._take_all_back(now)
+                cancelled = self.core.stop_all(now, error)
+                self._room.notify_all()
+                self._take(now)
+                self._reactor.wake()
+            self._settle_cancelled(cancelled)
         self._join(wait)
         return (workers, len(cancelled), active)
 
@@ -252,16 +306,14 @@ class Manager:
 
     def force_open(self, reason: str) -> None:
         """Open the breaker by hand."""
-        with self.lock:
-            now = time.monotonic()
+        with self._section() as now:
             self._start_if_open()
             self.core.force_open(now, reason)
             self._take(now)
 
     def reset_breaker(self) -> None:
         """Close the breaker by hand."""
-        with self.lock:
-            now = time.monotonic()
+        with self._section() as now:
             self._start_if_open()
             self.core.reset_breaker(now)
             self._take(now)
@@ -324,6 +376,8 @@ class Manager:
 
     def _turn(self) -> None:
         with self.lock:
+            if self._is_inside:
+                raise PoolClosedError(_TORN)
             deadline = self.core.next_deadline()
             self._sleeps_until = float("inf") if deadline is None else deadline
             seconds = 0.0 if self._cold or self._reception.has_events else None
@@ -340,9 +394,8 @@ class Manager:
             link = None if task.worker is None else self._staff.links.get(task.worker.id)
             if link is not None:
                 self._reception.take_everything(link)
-        with self.lock:
+        with self._section() as now:
             self._sleeps_until = 0.0
-            now = time.monotonic()
             self._reception.tell_core(now)
             for task, error in late_kills:
                 self.core.kill_task(now, task, error)
@@ -355,8 +408,7 @@ class Manager:
 
     def _feed(self, event: Event) -> None:
         """Tell the core of something now."""
-        with self.lock:
-            now = time.monotonic()
+        with self._section() as now:
             event(now)
             self._take(now)
 
@@ -403,7 +455,7 @@ class Manager:
                     self._reactor.unwatch(link.channel.calls_fd)
                     link.channel.end_calls()
             case act.Kill():
-                link.kill()
+                self._kill(link)
             case act.AskToStop(_, task, wants_stack):
                 link.channel.ask_to_stop(task.id, wants_stack=wants_stack)
             case act.StopTool():
@@ -416,6 +468,13 @@ class Manager:
                         self._reception.watch_writing(link)
             case act.Revoke():
                 self._revoke(link)
+
+    def _kill(self, link: Link) -> None:
+        if link.is_kill_wanted and (link.pid is None or link.is_dead()) and link.keeper is self._staff.keeper:
+            # Asked for the second time: it is dead, or was never forked, and the keeper does not say so.
+            log.error("the keeper process does not answer; it is killed")
+            link.keeper.kill()
+        link.kill()
 
     def _resolve(self, task: TaskRecord, is_value: bool, payload: object) -> None:
         call = self._call_of(task)
@@ -454,8 +513,7 @@ class Manager:
     def _revoke(self, link: Link) -> None:
         """Take back what waits behind a call that takes its time, and what that worker had finished before it."""
         self._reception.take_everything(link)
-        with self.lock:
-            now = time.monotonic()
+        with self._section() as now:
             self._reception.tell_core(now)
             self._take_backlog_back(now, link)
             self._take(now)
@@ -477,21 +535,27 @@ class Manager:
         self._reactor.close()
 
     def _fail(self, error: BaseException) -> None:
-        """The handler of last resort."""
-        log.critical("the manager thread of pool %s failed", self.name, exc_info=error)
+        """The handler of last resort: settle everything, end everything, never hang."""
+        is_torn = isinstance(error, PoolClosedError)
+        if not is_torn:
+            log.critical("the manager thread of pool %s failed", self.name, exc_info=error)
         with self.lock:
             resolved = [action for action in self._cold if type(action) is tuple]
             self._cold.clear()
-            internal = InternalError(
-                f"agentpool failed: {type(error).__name__}: {error}. This is a defect: please report it",
-                story=self.core.story(),
-            )
-            internal.__cause__ = error
-            self.core.broken = internal
+            failure: AgentPoolError
+            if is_torn:
+                failure = TaskKilledError(f"the task's pool was ended: {_TORN}")
+                self._stop_reason = f": {_TORN}"
+            else:
+                failure = self.core.broken = InternalError(
+                    f"agentpool failed: {type(error).__name__}: {error}. This is a defect: please report it",
+                    story=self.core.story(),
+                )
+                failure.__cause__ = error
             self.core.is_closing = True
             self._room.notify_all()
         for _, task, is_value, payload in resolved:  # type: ignore[misc]  # calls are never cold
             self._resolve(task, bool(is_value), payload)
         for task in list(self._open.values()):
-            self._resolve(task, False, fresh(internal))
+            self._resolve(task, False, fresh(failure))
         self._finish()

@@ -234,10 +234,11 @@ def test_a_task_is_not_to_blame_for_the_keepers_death(
     assert task.attempts == 5
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_nothing_that_tasks_started_outlives_the_keeper(
-    make_pool: MakePool, is_alive: IsAlive, wait_until: WaitUntil, tmp_path: Path
+    make_pool: MakePool, is_alive: IsAlive, wait_until: WaitUntil, tmp_path: Path, method: str
 ) -> None:
-    pool = make_pool(1)
+    pool = make_pool(1, method)
     task = pool.submit(start_descendants_and_hold, tmp_path / "here", tmp_path / "gate")
     descendants = json.loads(await_text(tmp_path / "here", wait_until))
     worker = int(await_text(tmp_path / "held", wait_until))
@@ -334,7 +335,7 @@ def test_an_interrupt_from_the_terminal_is_not_for_workers(
     assert task.result(30) == worker
 
 
-@pytest.mark.parametrize("size", [100_000, 64 * MB])
+@pytest.mark.parametrize("size", [4 * MB, 64 * MB])
 @pytest.mark.parametrize("held_up", [True, False])
 def test_a_worker_is_killed_in_the_middle_of_a_result(
     make_pool: MakePool, is_alive: IsAlive, wait_until: WaitUntil, tmp_path: Path, size: int, held_up: bool
@@ -345,9 +346,10 @@ def test_a_worker_is_killed_in_the_middle_of_a_result(
     gate = threading.Event()
     try:
         if held_up:
-            blocker = pool.submit(os.getpid)
+            blocker = pool.submit(hold, tmp_path / "blocker", tmp_path / "callback added")
             blocked = threading.Event()
             blocker.add_done_callback(lambda _: (blocked.set(), gate.wait(60)))
+            (tmp_path / "callback added").touch()
             wait_until(blocked.is_set, "the callback is not called")
         task = pool.submit(send, tmp_path / "here", size)
         worker = int(await_text(tmp_path / "here", wait_until))
@@ -391,10 +393,11 @@ def test_a_child_that_holds_the_workers_pipes_open_hides_no_death(
 # descendants of workers
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_descendants_end_with_a_worker_that_crashes(
-    make_pool: MakePool, is_alive: IsAlive, wait_until: WaitUntil, tmp_path: Path
+    make_pool: MakePool, is_alive: IsAlive, wait_until: WaitUntil, tmp_path: Path, method: str
 ) -> None:
-    pool = make_pool(1)
+    pool = make_pool(1, method)
     crash_error(pool.submit(start_descendants_and_crash, tmp_path / "here"))
     descendants = json.loads((tmp_path / "here").read_text())
     wait_until(lambda: not any(map(is_alive, descendants)), "descendants outlived their worker")
@@ -429,6 +432,18 @@ def test_a_deep_tree_ends_with_its_worker(
     os.kill(worker, signal.SIGKILL)
     crash_error(task)
     wait_until(lambda: not any(map(is_alive, tree)), "descendants outlived their worker")
+
+
+def test_deep_trees_end_with_the_pool(make_pool: MakePool, is_alive: IsAlive, tmp_path: Path) -> None:
+    """Each process hands over the next one only when it dies."""
+    trees = []
+    for number in range(3):
+        gate = tmp_path / f"{number}.gate"
+        gate.touch()
+        with make_pool(1) as pool:
+            pool.submit(start_a_tree, tmp_path / f"{number}.tree", gate).result(30)
+        trees += json.loads((tmp_path / f"{number}.tree").read_text())
+        assert not any(map(is_alive, trees)), "shutdown returns when all is gone"
 
 
 # the process that has the pool is killed

@@ -229,8 +229,7 @@ def test_a_global_that_cannot_be_pickled(tmp_path: Path) -> None:
     """, "file", tmp_path)
     lines = succeeds(done).splitlines()
     assert lines[0] == "5"
-    assert "lock" in lines[1]
-    assert "cannot be pickled" in lines[1]
+    assert "lock (a _thread.lock) cannot be pickled" in lines[1], "it is not named"
 
 
 def test_standard_input_stays_the_programs(tmp_path: Path) -> None:
@@ -955,6 +954,83 @@ def test_workers_inherit_environment_and_directory(tmp_path: Path, monkeypatch: 
         with AgentPool(1, method) as pool:
             found = pool.submit(lambda: (os.environ["FOR_WORKERS"], os.getcwd())).result(LONG)
         assert found == ("yes", str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_program_that_blocks_signals(tmp_path: Path, method: str) -> None:
+    """For sigwait or a signalfd. All that it starts inherits its mask; deaths and stops are seen all the same."""
+    done = run(f"""
+        import os, signal, time
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        from agentpool import AgentPool
+        def cleans_up():
+            try:
+                open({str(tmp_path / "began")!r}, "w").close()
+                time.sleep(1000)
+            finally:
+                open({str(tmp_path / "cleaned up")!r}, "w").close()
+        with AgentPool(1, {method!r}) as pool:
+            error = pool.options(queue_timeout=20).submit(os._exit, 9).exception(20)
+            print(type(error).__name__, error.exit_code)
+            future = pool.submit(cleans_up)
+            while not os.path.exists({str(tmp_path / "began")!r}):
+                time.sleep(0.005)
+            print(future.kill(), type(future.exception(20)).__name__)
+            print(pool.submit(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [])).result(20))
+    """, "-c", tmp_path)
+    assert succeeds(done) == "WorkerCrashedError 9\nTrue TaskKilledError\nset()\n"
+    assert (tmp_path / "cleaned up").exists()
+
+
+def test_a_program_under_nohup(tmp_path: Path) -> None:
+    source = "from agentpool import AgentPool\nwith AgentPool(1) as pool:\n    print(pool.submit(abs, -3).result())\n"
+    done = subprocess.run(["nohup", sys.executable, "-c", source], capture_output=True, text=True, cwd=tmp_path,
+                          timeout=LONG)
+    assert (done.returncode, done.stdout) == (0, "3\n")
+
+
+def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+    done = run("""
+        import os, sys
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+        from agentpool import AgentPool
+        for method in ("fork", "spawn"):
+            with AgentPool(1, method) as pool:
+                print(pool.options(queue_timeout=10).submit(abs, -3).result())
+    """, "-c", tmp_path)
+    assert succeeds(done) == "3\n3\n"
+
+
+def test_a_daemonic_child_of_multiprocessing_may_have_a_pool() -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def child() -> None:
+        with AgentPool(max_workers=1) as pool:
+            queue.put(pool.submit(abs, -4).result(LONG))
+
+    process = context.Process(target=child, daemon=True)
+    process.start()
+    process.join(LONG)
+    assert process.exitcode == 0
+    assert queue.get() == 4
+    queue.close()
+    process.close()
+
+
+def test_pools_that_were_never_used(wait_until: WaitUntil) -> None:
+    """Their descriptors are given back, shut down or not."""
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(30):
+        pool = AgentPool(max_workers=1)
+        if number % 2:
+            pool.shutdown()
+        del pool
+    gc.collect()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are left")
 
 
 def test_an_ignored_sigchld_in_the_program(tmp_path: Path) -> None:

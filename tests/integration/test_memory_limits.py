@@ -102,6 +102,14 @@ def have_helpers_hold(megabytes: int, count: int, here: Path) -> None:
     helpers[0].wait()
 
 
+def have_a_daemon_hold(megabytes: int, here: Path) -> None:
+    """Runs a process that is nobody's child any more and holds memory."""
+    code = f"import os\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\n{HELPER}"
+    write(here, "started")
+    subprocess.run([sys.executable, "-c", code, str(megabytes)], stdout=subprocess.DEVNULL, check=True)
+    time.sleep(60)
+
+
 def take_shortly(megabytes: int) -> int:
     return len(b"x" * (megabytes * MB)) // MB
 
@@ -153,6 +161,22 @@ def test_what_a_tasks_processes_hold_counts_together_and_they_are_stopped_too(
     helpers = [int(word) for word in await_file(tmp_path / "helpers", wait_until).split()]
     assert memory_error(task).peak_rss_bytes > 150 * MB
     wait_until(lambda: not any(map(is_alive, helpers)), "its processes were not killed")
+
+
+def test_a_daemon_of_the_task_counts_and_is_stopped_too(make_pool: MakePool, tmp_path: Path) -> None:
+    """The leak check sees to it that it is gone."""
+    pool = make_pool(1, hard_memory_limit_mb=100)
+    assert memory_error(pool.submit(have_a_daemon_hold, 150, tmp_path / "here")).peak_rss_bytes > 100 * MB
+    assert (tmp_path / "here").exists()
+
+
+def test_a_fresh_interpreter_is_measured_alike(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool(1, "spawn", memory_limit_mb=60, hard_memory_limit_mb=150)
+    memory_error(pool.submit(grow, 5, 600))
+    task = pool.submit(hoard_and_hold, 80, tmp_path / "here", tmp_path)
+    assert task.result(30) == 0
+    assert pool.submit(os.getpid).result(30) != task.worker_pid
+    assert pool.get_pool_stats()["counters"]["recycled"] == {"memory": 1}
 
 
 def test_a_view_may_allow_more_than_its_pool(make_pool: MakePool) -> None:

@@ -220,16 +220,6 @@ def test_a_busy_host_degrades_the_pool_and_keeps_nothing_waiting(
     task.result(30)
 
 
-def test_the_pools_own_work_does_not_throttle_it(make_pool: MakePool, tmp_path: Path, wait_until: WaitUntil) -> None:
-    pool = make_pool(2, cpu_threshold_percent=99.9, cpu_policy="throttle", cleanup_interval=0.1)
-    task = pool.submit(burn, tmp_path / "here", tmp_path / "gate")
-    wait_until((tmp_path / "here").exists, "it did not start")
-    look_on(0.5, wait_until)
-    assert pool.submit(os.getpid).result(30) != task.worker_pid
-    (tmp_path / "gate").touch()
-    task.result(30)
-
-
 def test_with_the_policy_throttle_others_work_keeps_the_pool_from_growing(
     make_pool: MakePool, tmp_path: Path, wait_until: WaitUntil, burner: subprocess.Popen[bytes]
 ) -> None:

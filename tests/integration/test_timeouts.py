@@ -146,6 +146,25 @@ async def wait_in_a_coroutine(here: Path, cleaned: Path) -> None:
         write(cleaned, "cleaned")
 
 
+def wake_up_slowly() -> None:
+    time.sleep(60)
+
+
+class SlowToRebuild:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return wake_up_slowly, ()
+
+
+class SlowToSend:
+    def __reduce__(self) -> tuple[Any, ...]:
+        time.sleep(60)
+        return int, ()
+
+
+def return_what_is_slow_to_send() -> object:
+    return SlowToSend()
+
+
 # timeout
 
 
@@ -179,9 +198,9 @@ def test_a_view_has_a_timeout_of_its_own(make_pool: MakePool, tmp_path: Path, wa
 
 
 def test_time_in_the_queue_is_not_run_time(make_pool: MakePool) -> None:
-    pool = make_pool(1, task_timeout=2)
-    tasks = [pool.submit(time.sleep, 0.5) for _ in range(6)]
-    assert [task.result(30) for task in tasks] == [None] * 6
+    pool = make_pool(1, task_timeout=1)
+    tasks = [pool.submit(time.sleep, 0.3) for _ in range(5)]
+    assert [task.result(30) for task in tasks] == [None] * 5
 
 
 def test_c_code_that_holds_the_interpreter_is_stopped_in_time_and_says_where_it_was(make_pool: MakePool) -> None:
@@ -192,6 +211,21 @@ def test_c_code_that_holds_the_interpreter_is_stopped_in_time_and_says_where_it_
     assert time.monotonic() - started < 10
     assert "compute_for_ever" in error.stack
     assert pool.submit(os.getpid).result(30) != task.worker_pid
+
+
+def test_fresh_interpreters_are_stopped_alike(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool(2, "spawn", task_timeout=0.5)
+    tasks = [pool.submit(clean_up, tmp_path / "here", tmp_path / "cleaned"), pool.submit(compute_for_ever)]
+    assert "clean_up" in timeout_error(tasks[0]).stack
+    assert (tmp_path / "cleaned").read_text() == "TaskCancelled"
+    assert "compute_for_ever" in timeout_error(tasks[1]).stack
+
+
+def test_the_time_to_rebuild_a_call_and_to_send_a_result_is_run_time(make_pool: MakePool) -> None:
+    pool = make_pool(1, task_timeout=0.3)
+    assert "wake_up_slowly" in timeout_error(pool.submit(id, SlowToRebuild())).stack
+    assert "__reduce__" in timeout_error(pool.submit(return_what_is_slow_to_send)).stack
+    assert pool.submit(os.getpid).result(30)
 
 
 def test_a_stopped_worker_is_killed_in_time(
@@ -381,6 +415,20 @@ def test_kill_workers_ends_running_tasks_and_cancels_the_others(
     assert not is_alive(worker)
     with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
         pool.submit(os.getpid)
+
+
+def test_kill_workers_returns_when_all_that_tasks_had_started_is_gone(
+    make_pool: MakePool, tmp_path: Path, wait_until: WaitUntil, is_alive: IsAlive
+) -> None:
+    pool = make_pool(2)
+    tasks = [pool.submit(leave_a_process, tmp_path / name) for name in ("one", "two")]
+    helpers = [int(await_file(tmp_path / name, wait_until)) for name in ("one", "two")]
+    stopped = pool.emergency_stop("enough")
+    assert not any(map(is_alive, helpers))
+    assert stopped == {"workers_stopped": 2, "tasks_cancelled": 0, "tasks_stopped": 2}
+    for task in tasks:
+        with pytest.raises(TaskKilledError, match="emergency shutdown: enough"):
+            task.result(0)
 
 
 def test_shutdown_stops_what_runs_too_long_while_it_waits(make_pool: MakePool) -> None:

@@ -398,8 +398,7 @@ class TestKill:
 
     def test_it_wins_over_a_timeout_that_is_under_way(self, make_bench) -> None:
         bench = make_bench()
-        policy = RetryPolicy(retry=tenacity.retry_if_exception_type(TaskTimeoutError))
-        task, worker = bench.started(timeout=1.0, policy=policy)
+        task, worker = bench.started(timeout=1.0, policy=every_error(9))
         bench.advance(1.0)
         error = TaskKilledError("x")
         assert bench.do(bench.core.kill_task, task, error)
@@ -545,6 +544,7 @@ class TestStopAll:
         assert errors[0] is not errors[1]
         assert bench.core.is_closed
         assert bench.spawned() == []
+        assert "stopped: emergency" in bench.core.story()
 
     def test_a_task_that_is_being_stopped_keeps_its_cause(self, make_bench) -> None:
         bench = make_bench()

@@ -23,6 +23,13 @@ class TestStarting:
         assert len(bench.spawned()) == 2
         assert bench.core.counters.spawned == 2
 
+    def test_those_who_run_count(self, make_bench) -> None:
+        bench = make_bench(max_workers=4, max_concurrent=2)
+        bench.started()
+        for _ in range(10):
+            bench.submit()
+        assert len(bench.spawned()) == 1
+
     def test_no_more_than_there_is_work_for(self, make_bench) -> None:
         bench = make_bench(max_workers=4)
         bench.submit()

@@ -6,11 +6,13 @@ import pytest
 
 from agentpool.config import MB
 from agentpool.core import actions as act
-from agentpool.core.records import TreeState
+from agentpool.core.records import HostState, TreeState
 from agentpool.core.retry import Escalate, RetryPolicy
 from agentpool.core.transitions import TaskState, WorkerState
 from agentpool.core.upkeep import MAX_TOOLS_STOPPED
 from agentpool.errors import MemoryLimitError, SettingsError
+
+PLENTY = HostState(10_000 * MB, 8_000 * MB)
 
 
 def pass_limit(bench, task, rss_mb: float, *, processes: int = 1) -> None:
@@ -111,6 +113,28 @@ class TestAlone:
         for worker in bench.spawned():
             bench.ready(worker)
         assert late.state is TaskState.RUNNING
+
+    @pytest.mark.parametrize("why", ["breaker", "cpu"])
+    def test_while_no_fresh_worker_may_start_for_it_the_others_go_on(self, make_bench, why) -> None:
+        bench = make_bench(max_workers=1, cpu_policy="throttle")
+        task, _ = bench.started(policy=Escalate(alone=True), hard_limit_bytes=100 * MB)
+        pass_limit(bench, task, 500)
+        used = bench.idle_worker()
+        if why == "breaker":
+            bench.do(bench.core.force_open, "maintenance")
+        else:
+            bench.host = HostState(10_000 * MB, 8_000 * MB, cpu_percent=99)
+            for _ in range(3):
+                bench.do(bench.core.host_sampled, bench.host)
+        bench.advance(60)
+        assert task.state is TaskState.QUEUED
+        other = bench.submit()
+        assert other.worker is used
+        bench.finish(other)
+        bench.host = PLENTY
+        bench.do(bench.core.reset_breaker)
+        restart(bench, task)
+        assert bench.core.alone is task
 
     def test_after_the_pools_critical_memory_it_keeps_its_limit(self, make_bench) -> None:
         bench = make_bench(max_workers=1, memory_limit_mb=None, critical_memory_mb=200)

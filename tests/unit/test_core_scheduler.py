@@ -69,7 +69,8 @@ class TestSubmit:
         with pytest.raises(QueueFullError, match=r"2 tasks are queued already \(max_pending\); wait for results"):
             bench.submit()
         assert bench.core.counters.submitted == 3
-        assert bench.asked(act.RoomFreed) == []
+        bench.do(bench.core.reset_breaker)
+        assert bench.asked(act.RoomFreed) == [], "it is still full"
         bench.finish(running)
         assert bench.asked(act.RoomFreed) == [act.RoomFreed()]
         bench.finish(waiting[0])
@@ -254,7 +255,9 @@ class TestSendingAhead:
     def test_a_higher_priority_does_not_wait_behind_them(self, make_bench) -> None:
         bench, worker, tasks = self.fed(make_bench)
         urgent = bench.submit("f", priority=1)
-        for task in tasks[1 : 1 + 1 + MAX_BACKLOG]:
+        bench.finish(worker.running)
+        assert urgent.state is TaskState.QUEUED
+        for task in tasks[2 : 2 + MAX_BACKLOG]:
             bench.finish(task)
         assert worker.running is urgent, "the worker was fed no more, and ran dry"
 
@@ -302,7 +305,7 @@ class TestSendingAhead:
         assert fresh.backlog, "later it is a worker as any other"
         assert not tasks[-1].is_isolated
 
-    def test_what_runs_dry_first_makes_room_for_the_fresh_one(self, make_bench) -> None:
+    def test_workers_run_dry_while_one_waits_for_a_fresh_one(self, make_bench) -> None:
         bench = make_bench(max_workers=2)
         warmed(bench)
         killer = bench.submit("g", policy=RetryPolicy(wait=tenacity.wait_none()))
@@ -310,14 +313,17 @@ class TestSendingAhead:
         (second,) = bench.spawned()
         bench.ready(second)
         bench.finish(tasks[0])
+        before = len(second.backlog)
+        bench.finish(second.running)
+        assert len(second.backlog) == before, "as long as there are short ones, it is fed again"
         bench.exit(killer.worker)
         bench.advance(0.0)
-        replacing = bench.spawned()
-        assert len(replacing) == 1, "there is room for one more"
-        while not bench.asked(act.Retire) and second.running is not None:
-            bench.finish(second.running)
-        bench.ready(replacing[0])
-        assert killer.worker is replacing[0]
+        assert killer.state is TaskState.QUEUED
+        bench.finish(second.running)
+        assert len(second.backlog) == before - 1
+        (replacing,) = bench.spawned()
+        bench.ready(replacing)
+        assert killer.worker is replacing
 
     def test_a_crash_costs_only_the_task_that_ran(self, make_bench) -> None:
         bench, worker, tasks = self.fed(make_bench, count=6)
@@ -479,6 +485,45 @@ class TestPlacing:
         bench.ready(fresh)
         assert fresh.running is killer
 
+    def test_nobody_takes_the_fresh_worker_from_under_its_nose(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        killer, worker = bench.started(policy=RetryPolicy(wait=tenacity.wait_none()))
+        bench.exit(worker)
+        bench.advance(0.0)
+        (fresh,) = bench.spawned()
+        bench.core.worker_ready(bench.now, fresh, 7, 20 << 20)
+        late = bench.submit()
+        assert (fresh.running, late.state) == (killer, TaskState.QUEUED)
+
+    def test_while_the_only_worker_is_looked_at_none_is_sent_home_for_it(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        killer, worker = bench.started(policy=RetryPolicy(wait=tenacity.wait_fixed(5)))
+        bench.exit(worker)
+        used = bench.idle_worker(seconds=1.0)
+        bench.advance(5.0)
+        assert used.state is WorkerState.CHECKING
+        assert bench.asked(act.Retire) == []
+        bench.sample(used, 20)
+        assert bench.asked(act.Retire) == [act.Retire(used, "room for a fresh worker")]
+        bench.ready(bench.spawned()[0])
+        assert killer.state is TaskState.RUNNING
+
+    def test_a_spare_that_is_fresh_does_not_let_it_pass_the_throttle(self, make_bench) -> None:
+        bench = make_bench(max_workers=3, max_concurrent=1, min_workers=2)
+        killer = bench.submit(policy=RetryPolicy(wait=tenacity.wait_none()))
+        for spare in bench.spawned():
+            bench.ready(spare)
+        busy = bench.submit()
+        bench.exit(killer.worker)
+        bench.advance(0.0)
+        for spare in bench.spawned():
+            bench.ready(spare)
+        assert busy.state is TaskState.RUNNING
+        assert killer.state is TaskState.QUEUED
+        assert any(not worker.tasks_done for worker in bench.core.idle.values())
+        bench.finish(busy)
+        assert killer.state is TaskState.RUNNING
+
     def test_it_waits_for_a_slot_like_everybody(self, make_bench) -> None:
         bench = make_bench(max_workers=2, max_concurrent=1)
         killer, worker = bench.started(policy=RetryPolicy(wait=tenacity.wait_none()))
@@ -534,6 +579,7 @@ class TestShutdown:
         bench.exit(worker, 0)
         assert bench.core.is_closed
         assert len(bench.outcomes) == 2
+        assert " shutdown\n" in bench.core.story()
 
     def test_cancel_futures_returns_what_no_worker_has(self, make_bench) -> None:
         bench = make_bench(max_workers=1)

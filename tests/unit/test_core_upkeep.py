@@ -151,6 +151,13 @@ class TestHardLimit:
         bench.exit(worker)
         assert isinstance(bench.outcomes[task.id][1], TaskTimeoutError)
 
+    @pytest.mark.parametrize("limit", [{"hard_limit_bytes": 60 * MB}, {}])
+    def test_with_a_limit_the_first_reading_comes_soon_enough_for_a_fast_allocation(self, make_bench, limit) -> None:
+        bench = make_bench(hard_memory_limit_mb=None if limit else 60, memory_limit_mb=50)
+        bench.started(**limit)
+        bench.advance(0.04)
+        assert len(bench.asked(act.SampleWorker)) == 1
+
     def test_near_the_limit_the_worker_is_read_more_often(self, make_bench) -> None:
         bench = make_bench(hard_memory_limit_mb=1000)
         _, worker = bench.started()

@@ -400,10 +400,13 @@ def test_a_deeply_nested_result() -> None:
 
 
 def test_a_result_nested_just_too_deeply_is_not_described_by_a_thousand_steps() -> None:
-    run = Run(call(1, nested, sys.getrecursionlimit() + 500))
-    (frame,) = run.frames
-    assert frame.kind == protocol.RESULT_FAILED
-    assert len(error(frame)[5]) < 200
+    failed = 0
+    for depth in (1500, 3000, 6000, 12_000, 24_000):  # how deep pickle goes differs between interpreters
+        (frame,) = Run(call(1, nested, depth)).frames
+        if frame.kind == protocol.RESULT_FAILED:
+            failed += 1
+            assert len(error(frame)[5]) < 200
+    assert failed
 
 
 # --- began, revoked ---

@@ -49,6 +49,7 @@ class Keeper:
         self._parent = parent
         self._parent_pid = parent_pid
         self._pid = os.getpid()
+        self._is_parent_gone = False
         self._setup: dict[str, Any] = {}
         self._preload_failure = ""
         self._workers: dict[int, int] = {}  # pid -> worker id
@@ -59,33 +60,41 @@ class Keeper:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
-        signal.signal(signal.SIGTERM, self._on_term)
+        # Handlers raise nothing: the flag is looked at, and the wake-up descriptor ends the wait.
+        signal.signal(signal.SIGTERM, self._parent_died)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        try:
+            self._serve()
+        except ParentGone:
+            pass
+        except BaseException:
+            traceback.print_exc()  # a defect; all that there is below must be gone nevertheless
+        self._end()
+
+    def _serve(self) -> None:
         poll = select.poll()
         poll.register(self._parent, select.POLLIN)
         poll.register(self._wake_read, select.POLLIN)
-        try:
-            if os.getppid() != self._parent_pid:
-                raise ParentGone
-            while True:
-                for descriptor, _ in poll.poll():
-                    if descriptor == self._wake_read:
-                        os.read(self._wake_read, 4096)
-                        self._reap()
-                    else:
-                        self._receive()
-        except ParentGone:
-            self._end()
+        while not self._is_parent_gone and os.getppid() == self._parent_pid:
+            for descriptor, _ in poll.poll():
+                if descriptor == self._wake_read:
+                    os.read(self._wake_read, 4096)
+                    self._reap()
+                else:
+                    self._receive()
 
-    def _on_term(self, *_: object) -> None:
-        raise ParentGone
+    def _parent_died(self, *_: object) -> None:
+        self._is_parent_gone = True
 
     # -- messages ------------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
         space = socket.CMSG_SPACE(WORKER_FDS * 4)
-        data, ancillary, _, _ = self._parent.recvmsg(MAX_MESSAGE, space, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        try:
+            data, ancillary, _, _ = self._parent.recvmsg(MAX_MESSAGE, space, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        except ConnectionError:  # it died and had not read all that we told it
+            raise ParentGone from None
         if not data:
             raise ParentGone
         descriptors: list[int] = []
@@ -129,7 +138,7 @@ class Keeper:
                 self._parent.send(data)
             else:
                 socket.send_fds(self._parent, [data], [descriptor])
-        except (BrokenPipeError, ConnectionResetError):
+        except ConnectionError:
             raise ParentGone from None
 
     # -- workers -------------------------------------------------------------------------------------------------
@@ -195,9 +204,12 @@ class Keeper:
         self._parent.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
+        import resource
+
         moved = []
+        base = min(_FD_BASE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         for descriptor in descriptors:
-            moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FD_BASE))
+            moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, base))
             os.close(descriptor)
         return moved
 
@@ -211,8 +223,8 @@ class Keeper:
         options = sys.orig_argv[1 : sys.orig_argv.index("-c")]  # those that the parent's interpreter runs with
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         program = (
-            f"import sys; path = sys.path[:]; sys.path.insert(0, {root!r}); import agentpool_worker; sys.path[:] = path; "
-            "from agentpool_worker import main; main.main(sys.argv)"
+            f"import sys; path = sys.path[:]; sys.path.insert(0, {root!r}); import agentpool_worker; "
+            "sys.path[:] = path; from agentpool_worker import main; main.main(sys.argv)"
         )
         words = [sys.executable, *options, "-c", program, str(worker_id), *map(str, descriptors)]
         os.execv(sys.executable, words)
