@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -201,11 +201,14 @@ class AgentFuture(Future[T]):
     def settle(self, is_value: bool, payload: object) -> None:
         """The manager's: the task is over."""
         self._ended_at = time.monotonic()
-        if is_value:
-            self.set_result(cast(T, payload))
-        else:
-            assert isinstance(payload, BaseException)
-            self.set_exception(payload)
+        try:
+            if is_value:
+                self.set_result(cast(T, payload))
+            else:
+                assert isinstance(payload, BaseException)
+                self.set_exception(payload)
+        except InvalidStateError:  # it is not the user's to settle; that costs nobody else
+            log.error("somebody else settled %r; what the task came to is lost", self)
 
     def settle_cancelled(self) -> None:
         """The manager's: the task will not run. Those who wait are told (cpython gh-109934)."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from types import FunctionType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
 
 from agentpool.breaker import ResourceCircuitBreaker
 from agentpool.config import (
@@ -63,6 +63,9 @@ class _Submitting(Executor):
     _manager: Manager
     _options: TaskOptions
     _spec: TaskSpec
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"an {type(self).__name__} cannot be sent to a worker or copied; make a pool inside the task")
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> AgentFuture[T]:
         """Run `fn(*args, **kwargs)` in a worker and return its future.

@@ -524,7 +524,7 @@ class Manager:
         for listener in list(self.listeners):
             try:
                 listener(old, new, reason)
-            except Exception:
+            except BaseException:  # SystemExit in it must not end this thread
                 log.exception("a listener of the circuit breaker raised")
 
     # -- the end -------------------------------------------------------------------------------------------------

@@ -200,12 +200,12 @@ def test_half_open_it_lets_one_start_at_a_time(make_pool: MakePool, wait_until: 
 def test_while_a_probe_is_under_way_nothing_else_starts(
     make_pool: MakePool, wait_until: WaitUntil, tmp_path: Path
 ) -> None:
-    pool = make_pool(4, initializer=begin_slowly, initargs=(tmp_path / "gate", tmp_path / "log"), start_timeout=0.5,
+    pool = make_pool(2, initializer=begin_slowly, initargs=(tmp_path / "gate", tmp_path / "log"), start_timeout=0.5,
                      breaker=BreakerSettings(failure_threshold=1, open_seconds=0.2))
     tasks = [pool.submit(os.getpid) for _ in range(8)]
     wait_until(lambda: pool.breaker.state == "open", "starts that hang do not count", 20)
     assert "did not become ready within its start_timeout of 0.5 s" in pool.breaker.reason
-    wait_until(lambda: pool.get_pool_stats()["total_agents"] == 0, "the first four do not end")
+    wait_until(lambda: pool.get_pool_stats()["total_agents"] == 0, "the first ones do not end")
     seen = []
 
     def is_probing() -> bool:

@@ -58,6 +58,8 @@ class Keeper:
     def run(self) -> None:
         """Serve until the parent is gone or says stop; returns only in a forked child, as the worker's main."""
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        # The mask is that of the thread that started us; neither we nor the workers can do with a blocked SIGCHLD.
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
         # Handlers raise nothing: the flag is looked at, and the wake-up descriptor ends the wait.
@@ -250,11 +252,11 @@ class Keeper:
     def _end(self) -> None:
         """Kill everything below, and end. Each killed process hands us its own children, until there are none."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        pids = set(self._workers)
+        pids = set(_children()) | set(self._workers)
         while True:
             killed = [_kill_child(pid) for pid in pids]
-            if not any(killed):
-                os._exit(0)  # what is left, if anything, is not ours to kill
+            if killed and not any(killed):
+                os._exit(0)  # what is left is not ours to kill
             try:
                 pid, _ = os.waitpid(-1, 0)
             except ChildProcessError:

@@ -311,7 +311,7 @@ def _flush_streams() -> None:
         try:
             if stream is not None:
                 stream.flush()
-        except (OSError, ValueError):  # the task closed it: its own affair
+        except Exception:  # the task closed it, or put something else there: its own affair, and no reason to die
             continue
 
 

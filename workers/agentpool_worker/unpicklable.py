@@ -6,6 +6,7 @@ Both sides use it; it knows nothing of either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, Final
 
 #: Values looked at before giving up: a hint is not worth a long wait.
@@ -31,6 +32,10 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield ".func", value.func
         yield ".args", value.args
         yield ".keywords", value.keywords
+    if isinstance(value, FunctionType) and value.__module__ == "__main__":
+        for name in value.__code__.co_names:
+            if name in value.__globals__:
+                yield f" global variable {name}", value.__globals__[name]
     state = getattr(value, "__dict__", None)
     if isinstance(state, dict) and not isinstance(value, type):
         for name, item in state.items():
