@@ -268,6 +268,10 @@ class Scheduler(Attempts):
         if self._is_room_wanted:
             self._consider_room()
 
+    def want_room(self) -> None:
+        """Somebody goes on waiting for room in the bounded queue: `RoomFreed` is to come once more."""
+        self._is_room_wanted = True
+
     def _consider_room(self) -> None:
         limit = self.settings.max_pending
         if limit is None or len(self.queue) < limit or self.is_closing:

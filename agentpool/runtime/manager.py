@@ -151,6 +151,7 @@ class Manager:
         core, limit = self.core, self.core.settings.max_pending
         with self.lock:
             while limit is not None and len(core.queue) >= limit and not core.is_closing and core.broken is None:
+                core.want_room()  # another one may have had the room that was announced
                 self._room.wait()
 
     def _enter(self) -> None:

@@ -76,6 +76,14 @@ class TestSubmit:
         bench.finish(waiting[0])
         assert bench.asked(act.RoomFreed) == [], "nobody had asked again"
 
+    def test_who_goes_on_waiting_for_room_is_told_once_more(self, make_bench) -> None:
+        bench = make_bench(max_workers=1, max_pending=1)
+        first, _ = bench.started()
+        bench.submit()
+        bench.core.want_room()
+        bench.finish(first)
+        assert bench.asked(act.RoomFreed) == [act.RoomFreed()]
+
     @pytest.mark.parametrize("how", ["cancel", "timeout"])
     def test_room_comes_from_those_who_leave_the_queue_too(self, make_bench, how) -> None:
         bench = make_bench(max_workers=1, max_pending=1)
