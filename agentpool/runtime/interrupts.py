@@ -30,8 +30,10 @@ def _take_note(number: int, frame: object) -> None:
 
 def hold() -> bool:
     """Have Ctrl-C wait until `release`. False: there is nothing to hold, and nothing to release."""
+    global _came
     if threading.get_ident() != _main_thread or _signal.getsignal(_SIGINT) is not signal.default_int_handler:
         return False
+    _came = False  # a second one may have been raised by itself in `release`, and have left it set
     _signal.signal(_SIGINT, _take_note)
     return True
 
