@@ -166,6 +166,7 @@ class Scheduler(Attempts):
         if spec.soft_limit_bytes != worker.soft_limit_bytes:
             worker.soft_limit_bytes = spec.soft_limit_bytes
             recycling.set_soft_limit(self.settings, worker)
+            worker.wants_check |= not rss_bytes  # the last reading was judged by another limit
         if seconds > MEASURE_AFTER or (rss_bytes and recycling.is_over_soft_limit(worker, rss_bytes)):
             worker.wants_check = True
         self._worker_free(now, worker)
