@@ -93,7 +93,6 @@ class Attempts(Upkeep):
         tasks = [*self.queue.clear(), *self.isolated, *self.waiting.values()]
         self.isolated.clear()
         self.waiting.clear()
-        self._is_dirty = True
         return tasks
 
     def _fail_everything(self, now: float, error: BaseException) -> None:

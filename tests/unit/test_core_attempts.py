@@ -47,6 +47,18 @@ class TestResults:
         assert task.attempts == 1
         assert bench.core.counters.completed == 1
 
+    def test_what_is_over_has_no_worker_and_no_cause_to_stop_so_that_late_words_find_nothing(self, make_bench) -> None:
+        bench = make_bench()
+        task, worker = bench.started()
+        bench.do(bench.core.kill_task, task, TaskKilledError("x"))
+        bench.fail(task, TaskKilledError("x"))
+        assert (task.worker, task.stop) == (None, None)
+        bench.do(bench.core.task_skipped, worker, task)
+        bench.do(bench.core.task_given_back, task)
+        bench.do(bench.core.stop_acknowledged, worker, task, "late")
+        assert not bench.do(bench.core.kill_task, task, TaskKilledError("y"))
+        assert bench.core.counters.given_back == 0
+
     def test_an_error_is_final_without_a_policy(self, make_bench) -> None:
         bench = make_bench()
         task, _ = bench.started()
@@ -269,6 +281,7 @@ class TestTimeouts:
         assert isinstance(error, TaskTimeoutError)
         assert error.stack == "File x.py, line 3"
         assert error.__notes__ == ["What the worker was doing:\nFile x.py, line 3"]
+        assert "STOPPING attempts=1>: TaskTimeoutError" in bench.core.story()
         assert bench.core.counters.timed_out == 1
         assert bench.core.counters.crashed == 0
 
@@ -287,6 +300,7 @@ class TestTimeouts:
         bench = make_bench()
         task, worker = bench.started(timeout=1.0)
         bench.advance(1.0)
+        bench.do(bench.core.stop_acknowledged, worker, task, " \n")
         bench.do(bench.core.stop_acknowledged, worker, task, "first")
         bench.exit(worker, story="second")
         assert bench.outcomes[task.id][1].stack == "first"
