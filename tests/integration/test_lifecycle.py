@@ -5,7 +5,6 @@ Most tests run a program of their own, as a user would, and look at what it prin
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
@@ -27,9 +26,7 @@ from agentpool import (
     AgentFuture,
     AgentPool,
     ForkedPoolError,
-    PoolClosedError,
     TaskKilledError,
-    TaskPicklingError,
     WorkerCrashedError,
     get_agent_pool,
 )
@@ -807,56 +804,6 @@ def test_a_pool_lives_on_after_ctrl_c(make_pool: MakePool) -> None:
     ended.join(LONG)
     assert not ended.is_alive(), "shutdown waits for a task that nobody knows"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-class Alarm(Exception):
-    """What a signal handler of the program raises."""
-
-
-def test_a_handler_of_the_programs_own_that_raises() -> None:
-    """As with signal.alarm() for a timeout. It may come at the worst moment: what cannot go on ends, and says so."""
-    import random
-
-    def ring(number: int, frame: object) -> None:
-        raise Alarm
-
-    def is_swallowed(future: AgentFuture[int]) -> bool:
-        """It came while the call was pickled, where it cannot be told from an error of a user's __reduce__."""
-        return future.done() and not future.cancelled() and isinstance(future.exception(0), TaskPicklingError)
-
-    generator = random.Random(3)
-    before = signal.signal(signal.SIGUSR2, ring)
-    ended = 0
-    try:
-        for _ in range(40):
-            futures: list[AgentFuture[int]] = []
-            armed = threading.Event()
-
-            def send(armed: threading.Event = armed, seconds: float = generator.uniform(0, 0.01)) -> None:
-                armed.wait()
-                time.sleep(seconds)
-                os.kill(os.getpid(), signal.SIGUSR2)
-
-            thread = threading.Thread(target=send)
-            thread.start()
-            with AgentPool(max_workers=2) as pool:
-                pool.submit(abs, -1).result(LONG)
-                with contextlib.suppress(Alarm):
-                    armed.set()
-                    while not (futures and is_swallowed(futures[-1])):
-                        futures.append(pool.submit(abs, -3))
-                    futures.pop()
-                thread.join()
-                with contextlib.suppress(PoolClosedError, TaskKilledError):
-                    ended += 1
-                    assert pool.submit(abs, -2).result(LONG) == 2
-                    ended -= 1
-            for future in futures:
-                assert future.done()
-                assert type(future.exception(0)) in (type(None), TaskKilledError, PoolClosedError)
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-    assert ended < 40
 
 
 def test_a_parent_that_dies_while_workers_start(tmp_path: Path, wait_until: WaitUntil, is_alive: IsAlive) -> None:
