@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -167,19 +167,39 @@ class AgentFuture(Future[T]):
 
         Raises TimeoutError, CancelledError, what the task raised, or an `agentpool.errors` exception.
         """
-        value = super().result(timeout)
-        if type(value) is Encoded:
+        self._wait(timeout)
+        if type(self._result) is Encoded:
             self._rebuild()
-            return super().result(0)
-        return value
+        if self._exception is not None:
+            try:
+                raise self._exception
+            finally:
+                self = None  # type: ignore[assignment]  # as the base class: no cycle through the traceback
+        return cast(T, self._result)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `result()` would raise, or None; waits at most `timeout` seconds."""
-        error = super().exception(timeout)
-        if error is None and type(self._result) is Encoded:
+        self._wait(timeout)
+        if type(self._result) is Encoded:
             self._rebuild()
-            return self._exception
-        return error
+        return self._exception
+
+    def _wait(self, timeout: float | None) -> None:
+        """Wait until the task is over, by a lock of this call's own.
+
+        Ctrl-C in the middle of taking the condition of the base class would leave it taken, and the manager thread
+        would wait for it for ever. Raises TimeoutError and CancelledError.
+        """
+        if not self.done():
+            lock = threading.Lock()
+            lock.acquire()
+            self.__dict__.setdefault("_waiting", []).append(lock)
+            if not self.done():  # else nobody may look at the list any more
+                lock.acquire(timeout=-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
+            if not self.done():
+                raise TimeoutError
+        if self.cancelled():
+            raise CancelledError
 
     def _rebuild(self) -> None:
         encoded = cast(object, self._result)
@@ -216,6 +236,8 @@ class AgentFuture(Future[T]):
         self.set_running_or_notify_cancel()
 
     def _invoke_callbacks(self) -> None:
+        for lock in self.__dict__.pop("_waiting", ()):
+            lock.release()
         # As the base class, but SystemExit from a callback must not end the manager thread.
         for callback in self._done_callbacks:  # type: ignore[attr-defined]
             try:

@@ -5,9 +5,11 @@ Most tests run a program of their own, as a user would, and look at what it prin
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -26,7 +28,9 @@ from agentpool import (
     AgentFuture,
     AgentPool,
     ForkedPoolError,
+    PoolClosedError,
     TaskKilledError,
+    TaskPicklingError,
     WorkerCrashedError,
     get_agent_pool,
 )
@@ -731,34 +735,56 @@ def test_ctrl_c_to_the_whole_group(tmp_path: Path, wait_until: WaitUntil) -> Non
     assert errors.rstrip().endswith(b"KeyboardInterrupt")
 
 
-def test_ctrl_c_at_any_moment_of_submitting(is_alive: IsAlive) -> None:
-    """KeyboardInterrupt is raised between any two instructions: it is never lost, and the block ends, all settled."""
-    import random
+class Interrupter:
+    """Sends this process a signal at a moment that the generator chooses, and again where Python lost it: an
+    exception in a garbage collector's callback is printed and gone."""
 
+    def __init__(self, number: signal.Signals, seconds: float) -> None:
+        self._number = number
+        self._seconds = seconds
+        self._armed = threading.Event()
+        self._caught = threading.Event()
+        self._thread = threading.Thread(target=self._send)
+        self._thread.start()
+
+    def _send(self) -> None:
+        self._armed.wait()
+        time.sleep(self._seconds)
+        while not self._caught.is_set():
+            os.kill(os.getpid(), self._number)
+            self._caught.wait(1)
+
+    def arm(self) -> None:
+        self._armed.set()
+
+    def caught(self) -> None:
+        self._caught.set()
+
+    def end(self) -> None:
+        self._thread.join()
+
+
+_may_lose = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@_may_lose
+def test_ctrl_c_at_any_moment_of_submitting() -> None:
+    """KeyboardInterrupt is raised between any two instructions: it is never lost, and the block ends, all settled."""
     generator = random.Random(1)
     with AgentPool(max_workers=2) as other:
         for _ in range(40):
             futures: list[AgentFuture[int]] = []
-            armed, caught = threading.Event(), threading.Event()
-            seconds = generator.uniform(0, 0.015)
-
-            def interrupt(armed: threading.Event = armed, seconds: float = seconds) -> None:
-                armed.wait()
-                time.sleep(seconds)
-                os.kill(os.getpid(), signal.SIGINT)
-
-            thread = threading.Thread(target=interrupt)
-            thread.start()
+            interrupter = Interrupter(signal.SIGINT, generator.uniform(0, 0.015))
             with pytest.raises(KeyboardInterrupt), AgentPool(max_workers=2) as pool:
                 pool.submit(abs, -1).result(LONG)
                 try:
-                    armed.set()
-                    while len(futures) < 100_000:
+                    interrupter.arm()
+                    while len(futures) < 200_000:
                         futures.append(pool.submit(abs, -len(futures)))
                 finally:
-                    caught.set()
-            thread.join()
-            assert len(futures) < 100_000, "Ctrl-C was lost"
+                    interrupter.caught()
+            interrupter.end()
+            assert len(futures) < 200_000, "Ctrl-C was lost"
             assert all(future.done() for future in futures)
             for number, future in enumerate(futures):
                 if not future.cancelled():
@@ -769,33 +795,26 @@ def test_ctrl_c_at_any_moment_of_submitting(is_alive: IsAlive) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@_may_lose
 def test_a_pool_lives_on_after_ctrl_c(make_pool: MakePool) -> None:
     """As in a notebook: the submitting is interrupted, the pool is used again, and ends as it should."""
-    import random
-
     generator = random.Random(2)
     pool = make_pool(max_workers=2)
     pool.submit(abs, -1).result(LONG)
     futures: list[AgentFuture[int]] = []
     for _ in range(60):
-        armed = threading.Event()
-        seconds = generator.uniform(0, 0.004)
-
-        def interrupt(armed: threading.Event = armed, seconds: float = seconds) -> None:
-            armed.wait()
-            time.sleep(seconds)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        thread = threading.Thread(target=interrupt)
-        thread.start()
+        interrupter = Interrupter(signal.SIGINT, generator.uniform(0, 0.004))
+        deadline = time.monotonic() + LONG
         with pytest.raises(KeyboardInterrupt):
-            armed.set()
-            deadline = time.monotonic() + LONG
-            while time.monotonic() < deadline:
-                futures.append(pool.submit(abs, -3))
-                futures.append(pool.submit(abs, -3))
-                futures[-1].cancel()
-        thread.join()
+            try:
+                interrupter.arm()
+                while time.monotonic() < deadline:
+                    futures.append(pool.submit(abs, -3))
+                    futures.append(pool.submit(abs, -3))
+                    futures[-1].cancel()
+            finally:
+                interrupter.caught()
+        interrupter.end()
     assert pool.submit(abs, -2).result(LONG) == 2
     for future in futures:
         assert future.cancelled() or future.result(LONG) == 3
@@ -804,6 +823,47 @@ def test_a_pool_lives_on_after_ctrl_c(make_pool: MakePool) -> None:
     ended.join(LONG)
     assert not ended.is_alive(), "shutdown waits for a task that nobody knows"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Alarm(Exception):
+    """What a signal handler of the program raises."""
+
+
+@_may_lose
+def test_a_handler_of_the_programs_own_that_raises() -> None:
+    """It may come at the worst moment: a pool that cannot go on then ends, says so, and loses nobody's future."""
+
+    def ring(number: int, frame: object) -> None:
+        raise Alarm
+
+    generator = random.Random(3)
+    before = signal.signal(signal.SIGUSR2, ring)  # (SIGALRM is the test runner's)
+    ended = 0
+    try:
+        for _ in range(40):
+            futures: list[AgentFuture[int]] = []
+            interrupter = Interrupter(signal.SIGUSR2, generator.uniform(0, 0.01))
+            with AgentPool(max_workers=2) as pool:
+                pool.submit(abs, -1).result(LONG)
+                deadline = time.monotonic() + 0.1
+                with contextlib.suppress(Alarm):
+                    interrupter.arm()
+                    # Where it comes while a call is pickled it becomes that future's error, and the loop goes on.
+                    while time.monotonic() < deadline:
+                        futures.append(pool.submit(abs, -3))
+                interrupter.caught()
+                interrupter.end()
+                with contextlib.suppress(PoolClosedError, TaskKilledError):
+                    ended += 1
+                    assert pool.submit(abs, -2).result(LONG) == 2
+                    ended -= 1
+            for future in futures:
+                assert future.done()
+                expected = (type(None), TaskKilledError, TaskPicklingError, PoolClosedError)
+                assert type(future.exception(0)) in expected
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert ended < 40
 
 
 def test_a_parent_that_dies_while_workers_start(tmp_path: Path, wait_until: WaitUntil, is_alive: IsAlive) -> None:
