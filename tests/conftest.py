@@ -39,6 +39,11 @@ settings.register_profile("agentpool", deadline=None, suppress_health_check=[Hea
 settings.register_profile("agentpool-ci", settings.get_profile("agentpool"), derandomize=True, database=None)
 settings.load_profile("agentpool-ci" if os.environ.get("CI") else "agentpool")
 
+# A shell starts what runs in the background with SIGINT ignored, and children inherit that: the tests of Ctrl-C, and the
+# programs that they start, need it as it is in a terminal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 #: Seconds that a condition may take to come true: generous, as the machine may have other work.
 PATIENCE = float(os.environ.get("AGENTPOOL_TEST_PATIENCE", "10"))
 #: A zombie that this process adopted is collected when it is this old; before, its creator may still wait for it.
