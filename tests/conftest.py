@@ -39,8 +39,8 @@ settings.register_profile("agentpool", deadline=None, suppress_health_check=[Hea
 settings.register_profile("agentpool-ci", settings.get_profile("agentpool"), derandomize=True, database=None)
 settings.load_profile("agentpool-ci" if os.environ.get("CI") else "agentpool")
 
-# A shell starts what runs in the background with SIGINT ignored, and children inherit that: the tests of Ctrl-C, and the
-# programs that they start, need it as it is in a terminal.
+# A shell starts what runs in the background with SIGINT ignored, and children inherit that. The tests of Ctrl-C, and
+# the programs that they start, need it as it is in a terminal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
