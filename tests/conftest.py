@@ -43,6 +43,9 @@ settings.load_profile("agentpool-ci" if os.environ.get("CI") else "agentpool")
 # the programs that they start, need it as it is in a terminal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Under nohup the same goes for SIGHUP: this process goes on without it, the programs that it starts have it.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 #: Seconds that a condition may take to come true: generous, as the machine may have other work.
 PATIENCE = float(os.environ.get("AGENTPOOL_TEST_PATIENCE", "10"))

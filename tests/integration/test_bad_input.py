@@ -315,6 +315,25 @@ def test_300_mb_both_ways_out_of_band(make_pool: MakePool) -> None:
     gc.collect()
 
 
+@pytest.mark.parametrize("size", [0, 10, 63 * 1024, 64 * 1024, 3 * MB])
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_pickle_buffers_of_any_size(pool: AgentPool, size: int, kind: type) -> None:
+    """In band or out of band: it is the same for the task, and what was submitted is what counts."""
+    data = kind(os.urandom(size))
+    expected = bytes(data)
+
+    def look(plain: Any, buffer: Any, wrapped: Buffer) -> tuple[bool, Buffer]:
+        is_same = bytes(plain) == bytes(buffer) == bytes(wrapped.data)
+        return is_same and type(plain) is kind, Buffer(bytearray(buffer))
+
+    future = pool.submit(look, data, pickle.PickleBuffer(data), Buffer(data))
+    if kind is bytearray:
+        data[:] = bytes(size)
+    is_right, back = future.result(LONG)
+    assert is_right
+    assert bytes(back.data) == expected
+
+
 def test_many_large_values_through_one_worker(pool: AgentPool) -> None:
     payload = os.urandom(2 * MB)
     futures = [pool.submit(lambda n, data: (n, data[::-1]), n, payload) for n in range(20)]

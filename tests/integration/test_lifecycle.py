@@ -686,7 +686,7 @@ def test_nothing_outlives_the_parent(
 
 def test_the_parents_death_is_seen_twice(tmp_path: Path, wait_until: WaitUntil, is_alive: IsAlive) -> None:
     """By end of file and by signal, in any order and at the same instant: the keeper still ends what is below it."""
-    for number in range(5):
+    for number in range(3):
         (tmp_path / str(number)).mkdir()
         process, pids = start_busy(tmp_path / str(number), wait_until)
         keeper = keeper_of(tmp_path / str(number))
@@ -772,7 +772,7 @@ def test_ctrl_c_at_any_moment_of_submitting() -> None:
     """KeyboardInterrupt is raised between any two instructions: it is never lost, and the block ends, all settled."""
     generator = random.Random(1)
     with AgentPool(max_workers=2) as other:
-        for _ in range(40):
+        for _ in range(25):
             futures: list[AgentFuture[int]] = []
             interrupter = Interrupter(signal.SIGINT, generator.uniform(0, 0.015))
             with pytest.raises(KeyboardInterrupt), AgentPool(max_workers=2) as pool:
@@ -802,7 +802,7 @@ def test_a_pool_lives_on_after_ctrl_c(make_pool: MakePool) -> None:
     pool = make_pool(max_workers=2)
     pool.submit(abs, -1).result(LONG)
     futures: list[AgentFuture[int]] = []
-    for _ in range(60):
+    for _ in range(40):
         interrupter = Interrupter(signal.SIGINT, generator.uniform(0, 0.004))
         deadline = time.monotonic() + LONG
         with pytest.raises(KeyboardInterrupt):
@@ -840,7 +840,7 @@ def test_a_handler_of_the_programs_own_that_raises() -> None:
     before = signal.signal(signal.SIGUSR2, ring)  # (SIGALRM is the test runner's)
     ended = 0
     try:
-        for _ in range(40):
+        for _ in range(20):
             futures: list[AgentFuture[int]] = []
             interrupter = Interrupter(signal.SIGUSR2, generator.uniform(0, 0.01))
             with AgentPool(max_workers=2) as pool:
@@ -851,7 +851,9 @@ def test_a_handler_of_the_programs_own_that_raises() -> None:
                     # Where it comes while a call is pickled it becomes that future's error, and the loop goes on.
                     while time.monotonic() < deadline:
                         futures.append(pool.submit(abs, -3))
-                interrupter.caught()
+                with contextlib.suppress(Alarm):  # one may be under way
+                    interrupter.caught()
+                    interrupter.end()
                 interrupter.end()
                 with contextlib.suppress(PoolClosedError, TaskKilledError):
                     ended += 1
@@ -863,7 +865,7 @@ def test_a_handler_of_the_programs_own_that_raises() -> None:
                 assert type(future.exception(0)) in expected
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert ended < 40
+    assert ended < 20
 
 
 def test_a_parent_that_dies_while_workers_start(tmp_path: Path, wait_until: WaitUntil, is_alive: IsAlive) -> None:
