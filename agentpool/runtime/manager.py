@@ -126,7 +126,7 @@ class Manager:
                     raise
             finally:
                 if is_held:
-                    interrupts.release()
+                    self._release(task)
             self._wait_for_room()
 
     def _accept(self, task: TaskRecord) -> None:
@@ -146,6 +146,14 @@ class Manager:
             self._take(now)
             self._wake_for_deadline()
             self._is_inside = False
+
+    def _release(self, task: TaskRecord) -> None:
+        try:
+            interrupts.release()
+        except KeyboardInterrupt:
+            if task.id in self._open and not self.cancel(task):  # its submitter gets no future to do that with
+                self.kill(task, "Ctrl-C came while it was submitted")
+            raise
 
     def _wait_for_room(self) -> None:
         core, limit = self.core, self.core.settings.max_pending
