@@ -54,7 +54,13 @@ class Forwarder:
         if len(self._waiting) > 2 * _FULL or (len(self._waiting) >= _FULL and not self.is_full):
             self._waiting[: len(self._waiting) - _FULL // 2] = _NOTE
 
-    def _is_writable(self) -> bool:
+    def drain(self) -> None:
+        """At the end: pass on what waits, as long as somebody takes it."""
+        while self._waiting and time.monotonic() - self._moved_at < _PATIENCE:
+            self._is_writable(50)
+            self.push()
+
+    def _is_writable(self, milliseconds: int = 0) -> bool:
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
-        return any(mask & (select.POLLOUT | select.POLLERR | select.POLLNVAL) for _, mask in poll.poll(0))
+        return any(mask & (select.POLLOUT | select.POLLERR | select.POLLNVAL) for _, mask in poll.poll(milliseconds))

@@ -540,6 +540,7 @@ class Manager:
 
     def _finish(self) -> None:
         self._is_finished = True
+        self._reception.stderr.drain()
         self._staff.close()
         self._reactor.close()
 
