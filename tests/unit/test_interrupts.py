@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -72,3 +73,29 @@ def test_another_thread_holds_nothing() -> None:
     thread.start()
     thread.join()
     assert held == [False]
+
+
+def test_a_hold_that_was_never_released_ends_with_its_caller() -> None:
+    """The handler of another signal may raise between `hold` and the `try` that would release it."""
+
+    def holds_and_is_torn_away() -> None:
+        assert interrupts.hold()
+        signal.raise_signal(signal.SIGINT)  # it waits, as long as this runs
+
+    holds_and_is_torn_away()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_block_inside_other_context_managers_holds_as_long_as_it_runs() -> None:
+    @contextlib.contextmanager
+    def section() -> Iterator[None]:
+        with interrupts.held():
+            yield
+
+    steps = []
+    with pytest.raises(KeyboardInterrupt), section():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("went on")
+    assert steps == ["went on"]
