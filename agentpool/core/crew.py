@@ -7,6 +7,7 @@ Pure, like everything in `core`; one thread at a time may be inside, and the cal
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from agentpool.core.governance import Governor
 from agentpool.core.records import StopCause, TaskRecord, WorkerExit, WorkerRecord
 from agentpool.core.retry import backoff_seconds
 from agentpool.core.timers import TimerQueue
-from agentpool.core.transitions import WORKER_TRANSITIONS, WorkerState, allowed_masks
+from agentpool.core.transitions import WORKER_TRANSITIONS, BreakerState, WorkerState, allowed_masks
 from agentpool.errors import InternalError
 
 __all__ = ["LIVE_STATES", "Counters", "Crew"]
@@ -98,6 +99,7 @@ class Crew(ABC):
         self._is_dirty = False
         self._next_worker_id = 1
         self._failures_in_a_row = 0
+        self._failed_at = -math.inf
         self._spawn_not_before = 0.0
         self._warned: set[str] = set()
         self._history: deque[tuple[float, str]] = deque(maxlen=_REMEMBERED)
@@ -216,6 +218,10 @@ class Crew(ABC):
         wanted = min(wanted, self.settings.max_workers - self.live, 2 * self.settings.max_workers - len(self.workers))
         if wanted <= 0 or not self._may_start(now):
             return
+        # A start that is overdue is tried again when it is gone, and was counted.
+        wanted -= sum(worker.state is _KILLED and worker.baseline_bytes is None for worker in self.workers.values())
+        if wanted <= 0:
+            return
         if self.governor.sampled_at is None or now - self.governor.sampled_at > HOST_READING_AGE:
             self._ask_host()
             return
@@ -225,7 +231,8 @@ class Crew(ABC):
 
     def _may_start(self, now: float) -> bool:
         """Otherwise a timer, the breaker or the next reading of the host comes back to it."""
-        return now >= self._spawn_not_before and self._admits_start()
+        has_waited = now >= self._spawn_not_before or self.breaker.state is BreakerState.HALF_OPEN
+        return has_waited and self._admits_start()
 
     def _admits_start(self) -> bool:
         return self.breaker.allows_start() and not (self.governor.forbids_growth and self.live)
@@ -325,7 +332,9 @@ class Crew(ABC):
 
     def _start_failed(self, now: float, worker: WorkerRecord, why: str) -> None:
         self.counters.start_failures += 1
-        self._failures_in_a_row += 1
+        if worker.spawned_at >= self._failed_at or not self._failures_in_a_row:
+            self._failures_in_a_row += 1  # those that were under way together fail together: that is one failure
+        self._failed_at = now
         self.breaker.start_failed(now, why, is_probe=worker.is_probe)
         self._note_breaker(now)
         self._spawn_not_before = now + backoff_seconds(self._failures_in_a_row, self.rng)

@@ -164,6 +164,43 @@ class TestStarting:
         assert waits == sorted(waits)
         assert waits[-1] > 0.5
 
+    def test_starts_that_fail_together_count_as_one_for_the_back_off_and_each_for_the_breaker(self, make_bench) -> None:
+        bench = make_bench(max_workers=8, breaker=BreakerSettings(failure_threshold=100))
+        for _ in range(8):
+            bench.submit()
+        workers = bench.spawned()
+        for worker in workers:
+            bench.advance(0.001)
+            bench.exit(worker, 1)
+        bench.advance(0.3)  # twice the first step
+        assert len(bench.spawned()) == 8
+        assert bench.core.breaker.failure_count(bench.now) == 8
+
+    def test_a_start_that_is_overdue_is_tried_again_when_it_is_gone(self, make_bench) -> None:
+        bench = make_bench(max_workers=4, start_timeout=5, breaker=BreakerSettings(failure_threshold=1))
+        bench.submit()
+        (worker,) = bench.spawned()
+        bench.advance(5.5)
+        assert bench.spawned() == []
+        bench.exit(worker)
+        bench.advance(5.5)
+        assert bench.spawned() == [], "that one was enough to open the breaker"
+        assert bench.core.breaker.state is BreakerState.OPEN
+
+    def test_the_probe_of_a_half_open_breaker_does_not_wait_for_the_back_off(self, make_bench) -> None:
+        settings = BreakerSettings(failure_threshold=12, open_seconds=0.5)
+        bench = make_bench(max_workers=1, breaker=settings)
+        bench.submit()
+        while bench.core.breaker.state is BreakerState.CLOSED:
+            for worker in bench.spawned():
+                bench.exit(worker, 1)
+            bench.advance(0.01)
+        failed_at = bench.now
+        while not (probes := bench.spawned()):
+            bench.advance(0.01)
+        assert bench.now - failed_at < 0.6  # the back-off would be several seconds by now
+        assert probes[0].is_probe
+
     def test_reset_ends_the_back_off(self, make_bench) -> None:
         bench = make_bench()
         bench.submit()
