@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures._base import FINISHED, PENDING
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from agentpool.core.transitions import TaskState
 from agentpool.runtime import interrupts
@@ -65,10 +67,36 @@ class AgentFuture(Future[T]):
     `worker_pid` is the process that ran it last, None while it never left the queue.
     """
 
+    # Defaults stand here and in no instance, and what others wait with is made when somebody waits: a future that is
+    # pending costs the garbage collector one object instead of twelve.
+    _state = PENDING
+    _result = None
+    _exception = None
     _task: TaskRecord | None = None
     _manager: Manager | None = None
     _ended_at: float | None = None
+    #: `_condition`, `_waiters`, `_done_callbacks` or `_waiting` exist; never reset
+    _is_watched = False
     worker_pid: int | None = None
+
+    def __init__(
+        self, manager: Manager | None = None, payload: bytes = b"", buffers: Sequence[memoryview] = ()
+    ) -> None:
+        self._manager = manager
+        #: the serialized call, kept until the task is over, as it may be sent again
+        self.payload = payload
+        self.buffers = buffers
+
+    def __getattr__(self, name: str) -> Any:
+        """The base class's means of waiting, on first use. One `setdefault` decides between two threads."""
+        if name == "_condition":
+            made: object = self.__dict__.setdefault(name, threading.Condition())
+        elif name in ("_waiters", "_done_callbacks"):
+            made = self.__dict__.setdefault(name, [])
+        else:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._is_watched = True
+        return made
 
     # -- what it knows -------------------------------------------------------------------------------------------
 
@@ -167,7 +195,8 @@ class AgentFuture(Future[T]):
 
         Raises TimeoutError, CancelledError, what the task raised, or an `agentpool.errors` exception.
         """
-        self._wait(timeout)
+        if self._state != FINISHED:
+            self._wait(timeout)
         if type(self._result) is Encoded:
             self._rebuild()
         if self._exception is not None:
@@ -179,7 +208,8 @@ class AgentFuture(Future[T]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `result()` would raise, or None; waits at most `timeout` seconds."""
-        self._wait(timeout)
+        if self._state != FINISHED:
+            self._wait(timeout)
         if type(self._result) is Encoded:
             self._rebuild()
         return self._exception
@@ -194,6 +224,7 @@ class AgentFuture(Future[T]):
             lock = threading.Lock()
             lock.acquire()
             self.__dict__.setdefault("_waiting", []).append(lock)
+            self._is_watched = True
             if not self.done():  # else nobody may look at the list any more
                 lock.acquire(timeout=-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
             if not self.done():
@@ -211,27 +242,60 @@ class AgentFuture(Future[T]):
             raise  # it is the reader's; the next call tries again
         except BaseException as error:  # user code; SystemExit in it must not end the reader
             value, failure = None, unpickling_error(error)
-        with self._condition:
-            if self._result is encoded:  # the first of several readers; all get one object
-                self._result = cast(T, value)
-                self._exception = failure
+        # The first of several readers; all get one object. No lock: between these lines no other thread has the GIL,
+        # and without a GIL two readers may get equal objects.
+        if self._result is encoded:
+            self._exception = failure
+            self._result = cast(T, value)
 
     # -- for the manager -----------------------------------------------------------------------------------------
 
     def settle(self, is_value: bool, payload: object) -> None:
         """The manager's: the task is over."""
         self._ended_at = time.monotonic()
+        self.payload, self.buffers = b"", ()
+        if self._is_watched:
+            self._settle_watched(is_value, payload)
+            return
+        if self._state != PENDING:
+            self._report_settled()
+            return
+        if is_value:
+            self._result = cast(Any, payload)
+        else:
+            self._exception = cast(Any, payload)
+        self._state = FINISHED
+        # Whoever begins to watch does so before it looks at the state, so one of us sees the other.
+        if self._is_watched:
+            self._tell_watchers()
+
+    def _settle_watched(self, is_value: bool, payload: object) -> None:
         try:
             if is_value:
                 self.set_result(cast(T, payload))
             else:
                 assert isinstance(payload, BaseException)
                 self.set_exception(payload)
-        except InvalidStateError:  # it is not the user's to settle; that costs nobody else
-            log.error("somebody else settled %r; what the task came to is lost", self)
+        except InvalidStateError:
+            self._report_settled()
+
+    def _report_settled(self) -> None:
+        # It is not the user's to settle; that costs nobody else.
+        log.error("somebody else settled %r; what the task came to is lost", self)
+
+    def _tell_watchers(self) -> None:
+        with self._condition:
+            for waiter in self._waiters:
+                if self._exception is None:
+                    waiter.add_result(self)
+                else:
+                    waiter.add_exception(self)
+            self._condition.notify_all()
+        self._invoke_callbacks()
 
     def settle_cancelled(self) -> None:
         """The manager's: the task will not run. Those who wait are told (cpython gh-109934)."""
+        self.payload, self.buffers = b"", ()
         super().cancel()
         self.set_running_or_notify_cancel()
 
@@ -239,7 +303,7 @@ class AgentFuture(Future[T]):
         for lock in self.__dict__.pop("_waiting", ()):
             lock.release()
         # As the base class, but SystemExit from a callback must not end the manager thread.
-        for callback in self._done_callbacks:  # type: ignore[attr-defined]
+        for callback in self._done_callbacks:
             try:
                 callback(self)
             except BaseException as error:

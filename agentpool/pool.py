@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from types import FunctionType, TracebackType
@@ -40,7 +40,7 @@ from agentpool.errors import (
 )
 from agentpool.futures import AgentFuture
 from agentpool.runtime import lifecycle
-from agentpool.runtime.manager import Call, Manager
+from agentpool.runtime.manager import Manager
 from agentpool_worker import protocol
 
 if TYPE_CHECKING:
@@ -74,26 +74,29 @@ class _Submitting(Executor):
         `async def` function is run to its end. What cannot be pickled fails the future with TaskPicklingError.
         Raises PoolClosedError after shutdown, the InitializerError of a broken pool, and QueueFullError (see `block`).
         """
-        future: AgentFuture[T] = AgentFuture()
         try:
             payload, buffers = _serialize(fn, args, kwargs)
         except KeyboardInterrupt:
             raise  # it is the submitter's
         except BaseException as error:  # a user's __reduce__; SystemExit in it must not end the submitter
-            self._manager.check_open()
-            future.set_exception(_pickling_error(error, fn, args, kwargs))
-            return future
-        return self._accept(future, payload, buffers, self._spec, getattr(fn, "__code__", None) or type(fn))
+            return self._refuse(_pickling_error(error, fn, args, kwargs))
+        return self._accept(payload, buffers, self._spec, getattr(fn, "__code__", None) or type(fn))
 
     def _accept(
-        self, future: AgentFuture[T], payload: bytes, buffers: list[memoryview], spec: TaskSpec, call_key: object
-    ) -> AgentFuture[T]:
+        self, payload: bytes, buffers: Sequence[memoryview], spec: TaskSpec, call_key: object
+    ) -> AgentFuture[Any]:
         if buffers:
             # The caller may change its array once submit returns, and the call may wait, or be sent twice.
             buffers = [buffer if buffer.readonly else memoryview(bytes(buffer)) for buffer in buffers]
         manager = self._manager
-        future._manager = manager
-        future._task = manager.submit(Call(future, payload, buffers), spec, call_key, block=self._options.block)
+        future: AgentFuture[Any] = AgentFuture(manager, payload, buffers)
+        future._task = manager.submit(future, spec, call_key, block=self._options.block)
+        return future
+
+    def _refuse(self, error: TaskPicklingError) -> AgentFuture[Any]:
+        self._manager.check_open()
+        future: AgentFuture[Any] = AgentFuture()
+        future.set_exception(error)
         return future
 
     def submit_agent(self, kind: str | type, prompt: str, /, **kwargs: Any) -> AgentFuture[Any]:
@@ -113,16 +116,13 @@ class _Submitting(Executor):
         spec = replace(self._spec, kind=name, name=self._spec.name or name)
         if spec.policy is None and self._says_nothing_of_retry() and getattr(cls, "idempotent", False):
             spec = replace(spec, policy=compile_policy(IDEMPOTENT_ATTEMPTS))
-        future: AgentFuture[Any] = AgentFuture()
         try:
             payload, buffers = protocol.dumps((protocol.run_agent, (kind, prompt, kwargs), {}))
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            self._manager.check_open()
-            future.set_exception(_pickling_error(error, cls, (prompt,), kwargs))
-            return future
-        return self._accept(future, payload, buffers, spec, name)
+            return self._refuse(_pickling_error(error, cls, (prompt,), kwargs))
+        return self._accept(payload, buffers, spec, name)
 
     def _says_nothing_of_retry(self) -> bool:
         return self._options.retry is None and self._manager.core.settings.retry is None
@@ -307,7 +307,7 @@ class AgentPool(_Submitting):
     def __repr__(self) -> str:
         core = self._manager.core
         return (f"<{type(self).__name__} {self.name} {'closed' if self.closed else 'open'}: {core.live} workers, "
-                f"{core.active} running, {core.queue_length} queued>")
+                f"{core.active} running, {core.queue_length + self._manager.left} queued>")
 
 
 class PoolView(_Submitting):
@@ -356,7 +356,7 @@ def _compile(options: TaskOptions) -> TaskSpec:
     )
 
 
-def _serialize(fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bytes, list[memoryview]]:
+def _serialize(fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bytes, Sequence[memoryview]]:
     """The call for a worker. Plain pickle where it is known to do: it takes a quarter of the time."""
     if (
         type(fn) is FunctionType

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from agentpool.config import PoolSettings
 from agentpool.core import actions as act
@@ -40,7 +40,7 @@ from agentpool.runtime import interrupts, lifecycle
 from agentpool.runtime.links import Link
 from agentpool.runtime.reception import Event, Reception
 
-__all__ = ["Call", "Manager", "SettlesFuture"]
+__all__ = ["Call", "Manager"]
 
 log = logging.getLogger("agentpool")
 
@@ -50,9 +50,11 @@ _TORN: Final = "an exception of a signal handler (Ctrl-C) came in the middle of 
 _STDERR_RETRY: Final = 0.05
 
 
-class SettlesFuture(Protocol):
-    """What the manager needs of a future."""
+class Call(Protocol):
+    """A task's future, as the manager sees it: it has the serialized call until the task is over."""
 
+    payload: bytes
+    buffers: Sequence[memoryview]
     worker_pid: int | None
 
     def settle(self, is_value: bool, payload: object) -> None:
@@ -60,17 +62,6 @@ class SettlesFuture(Protocol):
 
     def settle_cancelled(self) -> None:
         """Become cancelled, and tell those who wait."""
-
-
-class Call:
-    """A task's future and its serialized call; kept until the task is resolved, as it may be sent again."""
-
-    __slots__ = ("buffers", "future", "payload")
-
-    def __init__(self, future: SettlesFuture, payload: bytes, buffers: Sequence[memoryview]) -> None:
-        self.future = future
-        self.payload = payload
-        self.buffers = buffers
 
 
 class Manager:
@@ -88,6 +79,10 @@ class Manager:
         self._task_ids = itertools.count(1)
         self._room = threading.Condition(self.lock)
         self._cold: deque[act.Action] = deque()
+        #: tasks that were submitted while nobody was free, without the lock; the core does not know them yet
+        self._inbox: deque[TaskRecord] = deque()
+        #: tasks may be left there: there is no bound to wait for, and the pool is open
+        self._takes_unlocked = settings.max_pending is None
         self._late_kills: list[tuple[TaskRecord, TaskKilledError]] = []
         #: accepted and not settled; what the handler of last resort fails
         self._open: dict[int, TaskRecord] = {}
@@ -114,8 +109,17 @@ class Manager:
         Raises PoolClosedError, QueueFullError (at once where `block` is False or the caller must not wait), or what
         broke the pool.
         """
-        self.check_open()
         task = TaskRecord(next(self._task_ids), spec, call, call_key)
+        core = self.core
+        if (
+            core.active >= core.concurrency
+            and self._takes_unlocked
+            and spec.queue_timeout is None
+            and core.broken is None
+            and self._leave(task)
+        ):
+            return task
+        self.check_open()
         while True:
             is_held = interrupts.hold()
             try:
@@ -129,11 +133,49 @@ class Manager:
                     self._release(task)
             self._wait_for_room()
 
+    def _leave(self, task: TaskRecord) -> bool:
+        """Leave a task, for which nobody is free now, to whoever changes the core next. False: the pool was closed.
+
+        Every end of a running task is such a change, and collects what was left after it counted that end: so a task
+        that was left too late for that finds a free place here.
+        """
+        core = self.core
+        try:
+            self._inbox.append(task)
+            if not self._takes_unlocked:
+                try:
+                    self._inbox.remove(task)
+                    return False
+                except ValueError:  # somebody collected it: it was accepted in time
+                    return True
+            if core.active < core.concurrency:
+                with self._section() as now:
+                    self._take(now)
+                    self._wake_for_deadline()
+        except KeyboardInterrupt:
+            self._withdraw(task)
+            raise
+        return True
+
+    def _collect(self, now: float) -> None:
+        """Under the lock: tell the core of the tasks that were left."""
+        inbox, core = self._inbox, self.core
+        while inbox:
+            task = inbox.popleft()
+            try:
+                core.submit(now, task)
+            except (AgentPoolError, RuntimeError) as error:  # closed or broken meanwhile
+                self._cold.append((act.RESOLVE, task, False, error))
+            else:
+                self._open[task.id] = task
+
     def _accept(self, task: TaskRecord) -> None:
         with self.lock:
             self._start_if_open()  # before the task is accepted: where no thread can be had, nothing is lost
             self._enter()
             now = time.monotonic()
+            if self._inbox:
+                self._collect(now)
             try:
                 self.core.submit(now, task)
             except QueueFullError:
@@ -151,9 +193,16 @@ class Manager:
         try:
             interrupts.release()
         except KeyboardInterrupt:
-            if task.id in self._open and not self.cancel(task):  # its submitter gets no future to do that with
-                self.kill(task, "Ctrl-C came while it was submitted")
+            self._withdraw(task)
             raise
+
+    def _withdraw(self, task: TaskRecord) -> None:
+        """Ctrl-C came while it was submitted: its submitter gets no future to withdraw it with."""
+        with suppress(PoolClosedError):  # the pool is torn: everything is stopped anyway
+            with self._section() as now:
+                self._take(now)
+            if task.id in self._open and not self.cancel(task):
+                self.kill(task, "Ctrl-C came while it was submitted")
 
     def _wait_for_room(self) -> None:
         core, limit = self.core, self.core.settings.max_pending
@@ -179,7 +228,10 @@ class Manager:
         """The lock, for changes of the core that are not on the hot path; yields the time."""
         with interrupts.held(), self.lock:
             self._enter()
-            yield time.monotonic()
+            now = time.monotonic()
+            if self._inbox:
+                self._collect(now)
+            yield now
             self._is_inside = False
 
     def check_open(self) -> None:
@@ -223,7 +275,7 @@ class Manager:
         """The call of a task that is being settled; None: somebody settled it before."""
         self._open.pop(task.id, None)
         call, task.handle = task.handle, None
-        return call if isinstance(call, Call) else None
+        return cast("Call | None", call)
 
     def _take_back(self, now: float, task: TaskRecord) -> None:
         if task.state is TaskState.ASSIGNED and task.worker is not None:
@@ -258,6 +310,7 @@ class Manager:
         """Accept nothing more; end when all is done. Safe from any thread, and any number of times."""
         if self._is_forked:
             return
+        self._takes_unlocked = False
         cancelled: list[TaskRecord] = []
         with interrupts.held():
             # Where a change was torn the manager thread ends the pool by itself.
@@ -275,6 +328,7 @@ class Manager:
         """Kill everything now. Returns the numbers of workers stopped, tasks cancelled and tasks stopped."""
         if self._is_forked:
             return (0, 0, 0)
+        self._takes_unlocked = False
         workers, active = 0, 0
         cancelled: list[TaskRecord] = []
         with interrupts.held():
@@ -302,7 +356,7 @@ class Manager:
         for task in tasks:
             call = self._call_of(task)
             if call is not None:
-                call.future.settle_cancelled()
+                call.settle_cancelled()
 
     def _join(self, wait: bool) -> None:
         thread = self._thread
@@ -328,6 +382,11 @@ class Manager:
             self._take(now)
 
     @property
+    def left(self) -> int:
+        """Tasks that were submitted and that the core does not know yet."""
+        return len(self._inbox)
+
+    @property
     def is_finished(self) -> bool:
         """The pool is closed, and all its processes are gone."""
         return self._is_finished or self._is_forked
@@ -335,6 +394,7 @@ class Manager:
     def abandon(self) -> None:
         """In a forked copy of the parent: become inert. The lock may have been held by a thread that is not here."""
         self._is_forked = True
+        self._takes_unlocked = False
         self.lock = threading.Lock()
         self._room = threading.Condition(self.lock)
         self._staff.abandon()
@@ -344,9 +404,9 @@ class Manager:
 
     def _take(self, now: float) -> None:
         """Send calls at once; leave all other actions to the manager thread."""
+        if self._inbox:
+            self._collect(now)
         actions = self.core.take_actions(now)
-        if not actions:
-            return
         cold = self._cold
         for action in actions:
             if type(action) is tuple and action[0] == act.DISPATCH:
@@ -361,9 +421,8 @@ class Manager:
 
     def _dispatch(self, worker: WorkerRecord, task: TaskRecord) -> None:
         link = self._staff.links[worker.id]
-        call = task.handle
-        assert isinstance(call, Call)
-        call.future.worker_pid = worker.pid
+        call = cast(Call, task.handle)
+        call.worker_pid = worker.pid
         if not link.send_call(task, call.payload, call.buffers):
             self._reception.watch_writing(link)
 
@@ -409,6 +468,7 @@ class Manager:
             for task, error in late_kills:
                 self.core.kill_task(now, task, error)
             if self._is_dropped and not self.core.is_closing:
+                self._takes_unlocked = False
                 self.core.shutdown(now, cancel_futures=False)
             self.core.tick(now)
             self._take(now)
@@ -488,7 +548,7 @@ class Manager:
     def _resolve(self, task: TaskRecord, is_value: bool, payload: object) -> None:
         call = self._call_of(task)
         if call is not None:
-            call.future.settle(is_value, payload)
+            call.settle(is_value, payload)
 
     def _sample_host(self) -> None:
         reading = self._host.read()
@@ -549,7 +609,10 @@ class Manager:
         is_torn = isinstance(error, PoolClosedError)
         if not is_torn:
             log.critical("the manager thread of pool %s failed", self.name, exc_info=error)
+        self._takes_unlocked = False
         with self.lock:
+            self._open.update((task.id, task) for task in self._inbox)
+            self._inbox.clear()
             resolved = [action for action in self._cold if type(action) is tuple]
             self._cold.clear()
             failure: AgentPoolError

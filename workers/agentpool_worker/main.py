@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from agentpool_worker import context, protocol
@@ -183,7 +184,7 @@ class Worker:
             _flush_streams()
         self._send(encode(kind, task_id, payload, buffers, x=micros, y=rss, z=peak), ended)
 
-    def _attempt(self, frame: Frame) -> tuple[int, bytes, list[memoryview]]:
+    def _attempt(self, frame: Frame) -> tuple[int, bytes, Sequence[memoryview]]:
         """Unpickle, run and pickle: all of it is the user's code, and all of it can be interrupted."""
         stage = protocol.CALL_FAILED
         try:
@@ -270,7 +271,7 @@ class Worker:
         self._link.write(encode(protocol.STOPPING, task_id))
 
 
-def _describe(error: BaseException, skip: int = 0, where: str = "") -> tuple[bytes, list[memoryview]]:
+def _describe(error: BaseException, skip: int = 0, where: str = "") -> tuple[bytes, Sequence[memoryview]]:
     """An error as (pickled exception or None, class name, text, traceback, why not pickled, where in the result).
 
     The parent can always rebuild the texts. `skip` leaves out the worker's own frames.

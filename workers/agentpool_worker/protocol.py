@@ -208,13 +208,13 @@ def is_simple(value: object, depth: int = 3) -> bool:
     return False
 
 
-def dumps(value: object, *, by_reference: bool = False) -> tuple[bytes, list[memoryview]]:
+def dumps(value: object, *, by_reference: bool = False) -> tuple[bytes, Sequence[memoryview]]:
     """Serialize; returns the pickle and the buffers it left out. `by_reference`: plain pickle is known to do.
 
     Raises what pickling raises.
     """
     if by_reference or is_simple(value):
-        return pickle.dumps(value, 5), []
+        return pickle.dumps(value, 5), ()
     from agentpool_worker import byvalue
 
     buffers: list[memoryview] = []
