@@ -44,6 +44,20 @@ def _check(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
+def _check_env(env: object) -> None:
+    """Raises SettingsError for what no process can have as its environment."""
+    if env is None:
+        return
+    _check(isinstance(env, Mapping), f"env must map names to strings, got {env!r}")
+    assert isinstance(env, Mapping)
+    _check(all(type(name) is str and type(value) is str for name, value in env.items()),
+           "env must map names to strings, and one of its names or values is none")
+    for name, value in env.items():
+        _check(name != "" and "=" not in name and "\0" not in name,
+               f"env: {name!r} cannot be the name of a variable: it is empty, or has '=' or a NUL in it")
+        _check("\0" not in value, f"env: the value of {name} has a NUL in it, which no environment can hold")
+
+
 def _positive(name: str, value: float | None, *, zero: bool = False, none: bool = False) -> None:
     if value is None and none:
         return
@@ -222,12 +236,13 @@ class PoolSettings:
                f"memory_metric must be 'rss', 'pss' or 'uss', got {self.memory_metric!r}")
         _check(isinstance(self.preload, tuple) and all(isinstance(name, str) for name in self.preload),
                f"preload must be a sequence of module names, got {self.preload!r}")
-        _check(self.env is None or all(type(n) is str and type(v) is str for n, v in self.env.items()),
-               "env must map names to strings, and one of its names or values is none")
+        _check_env(self.env)
         _check(self.env_allow is None or (isinstance(self.env_allow, tuple) and
                                           all(isinstance(name, str) for name in self.env_allow)),
                f"env_allow must be a sequence of names or patterns, got {self.env_allow!r}")
-        _check(self.cwd is None or isinstance(self.cwd, str), f"cwd must be a path as a string, got {self.cwd!r}")
+        _check(self.cwd is None or (isinstance(self.cwd, str) and "\0" not in self.cwd),
+               f"cwd must be a path as a string, got {self.cwd!r}")
+        _check(isinstance(self.core_dumps, bool), f"core_dumps must be True or False, got {self.core_dumps!r}")
         _check(isinstance(self.breaker, BreakerSettings),
                f"breaker must be a BreakerSettings(...), got {self.breaker!r}")
         self._check_together()

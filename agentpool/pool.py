@@ -41,6 +41,7 @@ from agentpool.errors import (
 from agentpool.futures import AgentFuture
 from agentpool.runtime import lifecycle
 from agentpool.runtime.manager import Manager
+from agentpool.runtime.stats import pool_stats
 from agentpool_worker import protocol
 
 if TYPE_CHECKING:
@@ -300,8 +301,6 @@ class AgentPool(_Submitting):
 
     def get_pool_stats(self) -> dict[str, Any]:
         """How the pool stands, as plain data for JSON; docs/reference.md has the keys. Memory in MB (1024 x 1024)."""
-        from agentpool.runtime.stats import pool_stats
-
         return pool_stats(self._manager)
 
     def __repr__(self) -> str:

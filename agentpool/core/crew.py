@@ -255,6 +255,8 @@ class Crew(ABC):
     def worker_spawned(self, now: float, worker: WorkerRecord, pid: int) -> None:
         """The worker's process exists."""
         worker.pid = pid
+        if worker.state is _STARTING and self.settings.hard_memory_limit_mb is not None:
+            self._arm_sampling(worker, now + recycling.SAMPLE_BUSY)  # an initializer may take more than that
 
     def worker_ready(self, now: float, worker: WorkerRecord, pid: int, rss_bytes: int) -> None:
         """The worker answered: preload and initializer are done. `rss_bytes` is its baseline."""

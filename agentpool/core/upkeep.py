@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from agentpool.config import PoolSettings
+from agentpool.config import MB, PoolSettings
 from agentpool.core import failures, governance, recycling
 from agentpool.core.actions import Collect, SampleHost, SampleWorker, StopTool
 from agentpool.core.crew import Crew
@@ -69,6 +69,8 @@ class Upkeep(Crew):
             task = worker.running
             if task is not None:
                 self._judge_running(now, worker, task)
+            elif worker.state is _STARTING:
+                self._judge_start(now, worker)
             elif worker.state is _CHECKING:
                 self._judge_check(now, worker)
             elif worker.state is _IDLE and recycling.is_over_soft_limit(worker, worker.rss_bytes):
@@ -79,6 +81,9 @@ class Upkeep(Crew):
 
     def _next_interval(self, worker: WorkerRecord) -> float:
         task, slowest = worker.running, self.settings.cleanup_interval
+        if worker.state is _STARTING and self.settings.hard_memory_limit_mb is not None:
+            hard = int(self.settings.hard_memory_limit_mb * MB)
+            return recycling.next_sample_interval(worker, hard, slowest)
         if task is None or worker.state is not _BUSY:
             return slowest
         if worker.is_over_hard_limit:
@@ -88,6 +93,13 @@ class Upkeep(Crew):
             share = critical - (self.pool_bytes - worker.rss_bytes)
             limit = share if limit is None else min(limit, share)
         return recycling.next_sample_interval(worker, limit, slowest)
+
+    def _judge_start(self, now: float, worker: WorkerRecord) -> None:
+        """What preload or an initializer takes has the limit of a task; the breaker counts it as a failed start."""
+        limit = self.settings.hard_memory_limit_mb
+        if limit is not None and worker.rss_bytes > limit * MB:
+            used = worker.rss_bytes / MB
+            self._kill(now, worker, f"used {used:.0f} MB before it was ready, above hard_memory_limit_mb ({limit:g})")
 
     def _judge_running(self, now: float, worker: WorkerRecord, task: TaskRecord) -> None:
         task.peak_rss_bytes = max(task.peak_rss_bytes, worker.rss_bytes)

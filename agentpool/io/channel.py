@@ -72,6 +72,7 @@ class Channel:
             self._report = _page_file()
             os.ftruncate(self._report, REPORT)
             self._page = mmap.mmap(self._report, PAGE_SIZE)
+            self._announced = protocol.announced(self._page)
         except OSError:
             self.close()
             raise
@@ -83,6 +84,7 @@ class Channel:
         self.stderr_fd = self._stderr.fileno()
         self.stderr_tail = b""
         self._reader = FrameReader()
+        self._received = 0
         self._outgoing: deque[memoryview] = deque()
         self._slots: dict[int, int] = {}
         self._next_slot = 0
@@ -226,19 +228,23 @@ class Channel:
         is_last: the worker is dead; read all that is there, however much. Otherwise one turn's worth.
         """
         frames: list[Frame] = []
-        taken = 0
+        taken, is_ended = 0, False
         while is_last or taken < _TURN:
             try:
                 count = self._reader.read_from(self.results_fd)
             except BlockingIOError:
-                return frames, False
+                break
             if not count:
-                return frames, True
+                is_ended = True
+                break
             taken += count
-            frames.extend(self._reader.frames())
-            if count < _PIPE_FULL and self._reader.is_between_frames and not is_last:
-                return frames, False  # a short read: the pipe is empty, and another read would only tell so
-        return frames, False
+            frames += self._reader.frames()
+            if count < _PIPE_FULL and not is_last and self._reader.is_between_frames:
+                break  # a short read: the pipe is empty, and another read would only tell so
+        self._received += taken
+        if self._received > self._announced[0]:
+            raise protocol.ProtocolError("more bytes came than the worker wrote: its task has written into the pipe")
+        return frames, is_ended
 
     def read_stderr(self) -> bytes:
         """What the worker wrote to its standard error since; the tail is kept. b"" where there is nothing."""
@@ -260,4 +266,5 @@ class Channel:
             self._report = -1
             page = getattr(self, "_page", None)
             if page is not None:
+                self._announced.release()
                 page.close()

@@ -98,10 +98,9 @@ class HostSampler:
 
     def read(self) -> HostReading:
         """Reads everything now. Raises nothing for files that are missing or unreadable: they bind nothing."""
-        memory = psutil.virtual_memory()
+        total, available = _host_memory()
         levels = self._current_levels()
-        tightest = MemoryBound(memory.total, memory.available, "host")
-        total = memory.total
+        tightest = MemoryBound(total, available, "host")
         for bound in memory_bounds(levels):
             total = min(total, bound.limit_bytes)
             if bound.available_bytes < tightest.available_bytes:
@@ -121,7 +120,10 @@ class HostSampler:
         # in this process together.
         now = time.monotonic()
         if self._cpu_times is None or now - self._cpu_read_at >= _SHORTEST_CPU_WINDOW_SECONDS:
-            times = psutil.cpu_times()
+            try:
+                times = psutil.cpu_times()
+            except OSError:  # no descriptor is free
+                return self._cpu_percent
             if self._cpu_times is not None:
                 self._cpu_percent = busy_percent(self._cpu_times, times)
             self._cpu_times, self._cpu_read_at = times, now
@@ -136,6 +138,16 @@ class HostSampler:
                 break
         known = [value for value in (host, own) if value is not None]
         return max(known, default=None)
+
+
+def _host_memory() -> tuple[int, int]:
+    """Total and available bytes of the host."""
+    try:
+        memory = psutil.virtual_memory()
+    except OSError:  # no descriptor is free; a system call does, which takes the page cache for used
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+    return memory.total, memory.available
 
 
 def busy_percent(before: Any, after: Any) -> float:

@@ -54,7 +54,7 @@ class TreeSampler:
     closely is read by its RSS.
     """
 
-    __slots__ = ("_metric", "_others", "_process", "pid")
+    __slots__ = ("_is_gone", "_metric", "_others", "_process", "pid")
 
     def __init__(self, pid: int, metric: Literal["rss", "pss", "uss"] = "rss") -> None:
         self.pid = pid
@@ -62,16 +62,35 @@ class TreeSampler:
         #: Kept by process id only to save making them again: 13 us each. What is read through them belongs to
         #: whoever has that id now, and it is asked only for ids that are in the tree now.
         self._others: dict[int, psutil.Process] = {}
-        self._process: psutil.Process | None
+        self._process: psutil.Process | None = None
+        self._is_gone = False
+        self._look_up()
+
+    def _look_up(self) -> None:
         try:
-            self._process = psutil.Process(pid)
+            self._process = psutil.Process(self.pid)
         except psutil.NoSuchProcess:
-            self._process = None
+            self._is_gone = True
+        except OSError:  # no descriptor is free: the next reading tries again
+            return
 
     def read(self) -> TreeReading | None:
-        """The tree now; None: the process is gone, or waits as a zombie to be reaped."""
+        """The tree now; None: the process is gone, waits as a zombie to be reaped, or cannot be read at present.
+
+        That is so while this process, or the machine, has no descriptor left.
+        """
+        if self._process is None and not self._is_gone:
+            self._look_up()
+        try:
+            return self._read()
+        except OSError:
+            return None
+
+    def _read(self) -> TreeReading | None:
         process = self._process
-        if process is None or not process.is_running():
+        if process is None:
+            return None
+        if not process.is_running():
             self.close()
             return None
         try:
@@ -117,6 +136,7 @@ class TreeSampler:
     def close(self) -> None:
         """Forgets the process; from now on `read` returns None."""
         self._process = None
+        self._is_gone = True
         self._others = {}
 
 

@@ -6,9 +6,12 @@ Pools register here as they are made. Importing this module installs the hooks.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
+
+from agentpool.errors import TaskKilledError
 
 if TYPE_CHECKING:
     from agentpool.runtime.manager import Manager
@@ -54,10 +57,23 @@ def fill_standard_descriptors() -> None:
             os.set_inheritable(number, True)
 
 
+def _was_interrupted() -> bool:
+    """Did KeyboardInterrupt end the script? (At a prompt the last error may be from long ago.)"""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    return isinstance(error, KeyboardInterrupt) and not hasattr(sys, "ps1")
+
+
 def _at_exit() -> None:
-    """As concurrent.futures does: what was accepted is finished, then everything ends."""
+    """As concurrent.futures does: what was accepted is finished, then everything ends.
+
+    Only where Ctrl-C ended the script, nobody waits for what it was to be stopped by: docs/decisions/0010.
+    """
     global _is_exiting
     _is_exiting = True
+    if _was_interrupted():
+        error = TaskKilledError("the program was ended by KeyboardInterrupt")
+        for manager in list(_managers):
+            manager.stop_all(error, "the program was interrupted", wait=False)
     for manager in list(_managers):
         manager.shutdown(wait=False, cancel_futures=False)
     for manager in list(_managers):

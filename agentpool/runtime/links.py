@@ -25,8 +25,8 @@ __all__ = ["Link", "Staff"]
 class Link:
     """One worker, as the manager sees it."""
 
-    __slots__ = ("_metric", "channel", "exit_code", "is_kill_wanted", "keeper", "pid", "pidfd", "sampler",
-                 "wanted_values", "worker")
+    __slots__ = ("_metric", "channel", "exit_code", "is_distrusted", "is_kill_wanted", "keeper", "pid", "pidfd",
+                 "sampler", "wanted_values", "worker")
 
     def __init__(self, worker: WorkerRecord, channel: Channel, keeper: KeeperClient, metric: MemoryMetric) -> None:
         self._metric = metric
@@ -40,6 +40,8 @@ class Link:
         self.exit_code: int | None = None
         #: tasks whose retry policy wants to see the value
         self.wanted_values: set[int] = set()
+        #: somebody wrote into its pipe of results: nothing that comes from it is read any more
+        self.is_distrusted = False
 
     def send_call(self, task: TaskRecord, payload: bytes, buffers: Sequence[memoryview]) -> bool:
         """Under the lock: send a call. False: the pipe is full."""

@@ -250,8 +250,9 @@ class Manager:
     def _start_if_open(self) -> None:
         """Under the lock: have a manager thread."""
         if self._thread is None and not self._is_finished:
-            self._thread = threading.Thread(target=self._run, name=f"agentpool-manager-{self.name}", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=f"agentpool-manager-{self.name}", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def start(self) -> None:
         """Start the floor of workers (`min_workers`) without waiting for a task."""
@@ -608,7 +609,8 @@ class Manager:
         """The handler of last resort: settle everything, end everything, never hang."""
         is_torn = isinstance(error, PoolClosedError)
         if not is_torn:
-            log.critical("the manager thread of pool %s failed", self.name, exc_info=error)
+            log.critical("the manager thread of pool %s failed. What the core knew:\n%s", self.name, self.core.story(),
+                         exc_info=error)
         self._takes_unlocked = False
         with self.lock:
             self._open.update((task.id, task) for task in self._inbox)

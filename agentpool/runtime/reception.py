@@ -78,6 +78,8 @@ class Reception:
     def take_everything(self, link: Link) -> None:
         """Take the results in the pipe, and those that the worker holds back while it runs a call."""
         self._read_results(link)
+        if link.is_distrusted:
+            return
         for frame in link.channel.unsent_results():
             self._receive(link, frame)
 
@@ -98,6 +100,7 @@ class Reception:
         """Somebody wrote into the worker's descriptors: nothing from it can be believed any more."""
         words = f"its results pipe was corrupted: {type(error).__name__}: {error}"
         log.error("worker %s (pid %s) is killed: %s", link.worker.id, link.pid, words)
+        link.is_distrusted = True
         self._reactor.unwatch(link.channel.results_fd)
         link.channel.stderr_tail += f"\n[agentpool: {words}]".encode()
         link.kill()
@@ -125,7 +128,11 @@ class Reception:
             self._events.append(lambda now: core.agent_set_up(now, worker, baseline))
         elif kind == protocol.INIT_FAILED:
             failure = outcomes.initializer_error(frame)
-            self._events.append(lambda now: core.initializer_failed(now, worker, failure))
+            if isinstance(failure.__cause__, MemoryError):
+                # The machine's fault, or a limit's: a failed start, which may go better the next time.
+                link.channel.stderr_tail += f"\n{failure.__cause__.__cause__}".encode()
+            else:
+                self._events.append(lambda now: core.initializer_failed(now, worker, failure))
 
     def _task_of(self, link: Link, task_id: int) -> TaskRecord | None:
         head = link.worker.running
@@ -215,12 +222,13 @@ class Reception:
         """Take all that the dead worker had sent, or could not send any more; only then is it gone."""
         if self._staff.links.get(link.worker.id) is not link:
             return
-        try:
-            frames, _ = link.channel.read_results(is_last=True)
-            for frame in (*frames, *link.channel.unsent_results()):
-                self._receive(link, frame)
-        except BaseException as error:
-            self._distrust(link, error)
+        if not link.is_distrusted:
+            try:
+                frames, _ = link.channel.read_results(is_last=True)
+                for frame in (*frames, *link.channel.unsent_results()):
+                    self._receive(link, frame)
+            except BaseException as error:
+                self._distrust(link, error)
         for _ in range(_LAST_WORDS):
             if not (data := link.channel.read_stderr()):
                 break

@@ -724,7 +724,7 @@ def test_closed_streams_are_the_tasks_own_affair(monkeypatch: pytest.MonkeyPatch
 
 def test_frames_of_two_threads_never_interleave() -> None:
     read_end, write_end = os.pipe()
-    link = PipeLink(-1, write_end)
+    link = PipeLink(-1, write_end, bytearray(PAGE_SIZE))
     size = 300_000  # several times what a pipe holds
 
     def write(number: int) -> None:

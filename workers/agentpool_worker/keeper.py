@@ -8,6 +8,7 @@ everything below it, when the parent does. It decides nothing: it forks when tol
 from __future__ import annotations
 
 import gc
+import importlib
 import marshal
 import os
 import select
@@ -126,10 +127,20 @@ class Keeper:
 
             # Proxies of the parent's multiprocessing managers, as arguments, authenticate with the parent's key.
             multiprocessing.process.current_process().authkey = setup["authkey"]
-            for name in setup["preload"]:
+        except BaseException:
+            self._preload_failure = traceback.format_exc()
+            return
+        self._preload()
+
+    def _preload(self) -> None:
+        """Import what the user named. What fails is tried again with the next start: it may have been mended."""
+        self._preload_failure = ""
+        try:
+            for name in self._setup["preload"]:
                 __import__(name)
         except BaseException:
             self._preload_failure = f"a module to preload cannot be imported:\n{traceback.format_exc()}"
+            importlib.invalidate_caches()
         gc.collect()
         gc.freeze()  # a collection in a child would write to, and so copy, every shared page
 
@@ -146,6 +157,8 @@ class Keeper:
     # -- workers -------------------------------------------------------------------------------------------------
 
     def _spawn(self, worker_id: int, descriptors: list[int]) -> None:
+        if self._preload_failure:
+            self._preload()
         if self._preload_failure:
             self._tell(("failed", worker_id, self._preload_failure))
         else:

@@ -51,9 +51,10 @@ class Link(Protocol):
 class PipeLink:
     """The real link: two pipe ends. `write` may be called by both threads; frames never interleave."""
 
-    def __init__(self, calls: int, results: int) -> None:
+    def __init__(self, calls: int, results: int, page: Any) -> None:
         self._calls = calls
         self._results = results
+        self._announced = protocol.announced(page)
         self._lock = threading.Lock()
 
     def abandon(self, *others: int) -> None:
@@ -67,6 +68,7 @@ class PipeLink:
 
     def write(self, parts: list[bytes | memoryview]) -> None:
         with self._lock:
+            self._announced[0] += sum(memoryview(part).nbytes for part in parts)
             for part in parts:
                 view = memoryview(part)
                 while view:
@@ -343,7 +345,7 @@ def serve(worker_id: int, calls: int, results: int, control: int, report: int) -
     os.lseek(report, protocol.REPORT, os.SEEK_SET)
     faulthandler.enable(report, all_threads=True)
     faulthandler.register(signal.SIGUSR1, report, all_threads=True, chain=False)
-    link = PipeLink(calls, results)
+    link = PipeLink(calls, results, page)
     os.register_at_fork(after_in_child=lambda: link.abandon(control))
     worker = Worker(worker_id, link, page)
     signal.signal(signal.SIGINT, worker.on_stop_signal)
@@ -377,6 +379,8 @@ def main(argv: list[str]) -> None:
     import multiprocessing.process
 
     worker_id, calls, results, control, report = (int(word) for word in argv[1:6])
+    for descriptor in (calls, results, control, report):
+        os.set_inheritable(descriptor, False)  # they came through the exec; what a task starts must not have them
     setup = marshal.loads(os.pread(report, protocol.PAGE_SIZE, protocol.REPORT))
     os.ftruncate(report, protocol.REPORT)
     sys.path[:] = setup["path"]

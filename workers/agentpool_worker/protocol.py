@@ -7,9 +7,10 @@ that it started are ever unpickled. Standard library and cloudpickle; any thread
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from struct import Struct
 from types import CoroutineType
@@ -18,6 +19,7 @@ from typing import Any, Final, NamedTuple
 MAGIC: Final = 0xA6E7
 #: magic, kind, flags, buffers, task id, bytes after the header, x, y, z
 HEADER: Final = Struct("<HBBIQQIII")
+_HEADER_SIZE: Final = HEADER.size
 _SIZE: Final = Struct("<Q")
 
 #: A frame that claims to be longer than this is no frame (1 TiB: more than any machine of today can hold).
@@ -56,10 +58,17 @@ SLOTS: Final = 2048
 BEGAN: Final = 0
 REVOKED: Final = SLOTS
 OUTBOX: Final = 2 * SLOTS
-OUTBOX_DATA: Final = OUTBOX + 8
-PAGE_SIZE: Final = 64 * 1024
 OUTBOX_HEADER: Final = Struct("<II")  # generation, length
+#: Bytes that the worker has begun to write to the pipe of results: whatever comes beyond them is not from it.
+ANNOUNCED: Final = OUTBOX + OUTBOX_HEADER.size
+OUTBOX_DATA: Final = ANNOUNCED + 8
+PAGE_SIZE: Final = 64 * 1024
 REPORT: Final = PAGE_SIZE
+
+
+def announced(page: Any) -> memoryview:
+    """ANNOUNCED of a page, as element 0. It is written in one piece, where `struct` would clear it first."""
+    return memoryview(page)[ANNOUNCED:OUTBOX_DATA].cast("Q")
 
 
 class ProtocolError(Exception):
@@ -75,9 +84,12 @@ class Frame(NamedTuple):
     x: int
     y: int
     z: int
-    payload: bytes | bytearray | memoryview
+    payload: bytes | memoryview
     buffers: Sequence[memoryview]
 
+
+#: Frame(...) without its __new__, which takes twice as long.
+_new: Final[Callable[..., Frame]] = tuple.__new__
 
 def encode(
     kind: int,
@@ -99,10 +111,8 @@ def encode(
     return [head + b"".join(map(_SIZE.pack, sizes)) + payload, *buffers]
 
 
-def _split(header: tuple[int, ...], body: bytes | bytearray) -> Frame:
+def _split(header: tuple[int, ...], body: bytearray | mmap.mmap) -> Frame:
     _, kind, flags, count, task_id, _, x, y, z = header
-    if not count:
-        return Frame(kind, flags, task_id, x, y, z, body, ())
     view = memoryview(body)
     if count * _SIZE.size > len(view):
         raise ProtocolError("the table of buffers of a frame is longer than the frame")
@@ -120,16 +130,24 @@ def _split(header: tuple[int, ...], body: bytes | bytearray) -> Frame:
     return Frame(kind, flags, task_id, x, y, z, payload, buffers)
 
 
+def _fresh_body(length: int) -> mmap.mmap:
+    """Memory for a large frame. It is taken as it is filled: a frame that only claims to be large costs nothing."""
+    try:
+        return mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, MemoryError, OverflowError) as error:
+        raise ProtocolError(f"no memory for a frame of {length} bytes: {error}") from error
+
+
 class FrameReader:
     """Puts frames together from what a descriptor yields, however it is cut."""
 
     __slots__ = ("_body", "_filled", "_header", "_pending")
 
     def __init__(self) -> None:
-        self._pending = bytearray()
+        self._pending = b""
         # A large frame in the making: its header, its body, and how much of that is there.
         self._header: tuple[int, ...] | None = None
-        self._body = bytearray()
+        self._body: mmap.mmap | None = None
         self._filled = 0
 
     @property
@@ -139,7 +157,7 @@ class FrameReader:
 
     def read_from(self, descriptor: int) -> int:
         """One read; returns the number of bytes, 0 at end of file. Raises BlockingIOError where there is nothing."""
-        if self._header is not None:
+        if self._body is not None:
             count = os.readv(descriptor, [memoryview(self._body)[self._filled :]])
             self._filled += count
             return count
@@ -149,42 +167,46 @@ class FrameReader:
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Bytes that came some other way."""
-        if self._header is not None:
-            missing = len(self._body) - self._filled
-            self._body[self._filled : self._filled + len(data[:missing])] = data[:missing]
-            self._filled += len(data[:missing])
-            data = data[missing:]
-        self._pending += data
+        if self._body is not None:
+            taken = bytes(data[: len(self._body) - self._filled])
+            self._body[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            data = data[len(taken) :]
+        self._pending += bytes(data)
 
-    def frames(self) -> Iterator[Frame]:
+    def frames(self) -> list[Frame]:
         """The frames that are whole. Raises ProtocolError."""
-        if self._header is not None:
+        found: list[Frame] = []
+        if self._header is not None and self._body is not None:
             if self._filled < len(self._body):
-                return
-            header, body = self._header, self._body
-            self._header, self._body, self._filled = None, bytearray(), 0
-            yield _split(header, body)
+                return found
+            found.append(_split(self._header, self._body))
+            self._header = self._body = None
         pending = self._pending
         position, end = 0, len(pending)
-        try:
-            while end - position >= HEADER.size:
-                header = HEADER.unpack_from(pending, position)
-                length = header[5]
-                if header[0] != MAGIC or header[1] not in _KINDS or length > MAX_FRAME or header[3] > MAX_BUFFERS:
-                    raise ProtocolError(
-                        f"not a frame: magic {header[0]:#x}, kind {header[1]}, {header[3]} buffers, {length} bytes"
-                    )
-                start = position + HEADER.size
-                if end - start < length:
-                    if length > LARGE:
-                        self._header, self._body, self._filled = header, bytearray(length), end - start
-                        self._body[: end - start] = pending[start:end]
-                        position = end
-                    return
-                position = start + length
-                yield _split(header, bytes(pending[start:position]) if not header[3] else pending[start:position])
-        finally:
-            del pending[:position]
+        while end - position >= _HEADER_SIZE:
+            header = HEADER.unpack_from(pending, position)
+            magic, kind, flags, count, task_id, length, x, y, z = header
+            if magic != MAGIC or kind not in _KINDS or length > MAX_FRAME or count > MAX_BUFFERS:
+                if found:
+                    break  # those are whole; the next call raises
+                raise ProtocolError(f"not a frame: magic {magic:#x}, kind {kind}, {count} buffers, {length} bytes")
+            start = position + _HEADER_SIZE
+            stop = start + length
+            if stop > end:
+                if length > LARGE:
+                    self._body = _fresh_body(length)
+                    self._header, self._filled = header, end - start
+                    self._body[: end - start] = pending[start:end]
+                    position = end
+                break
+            position = stop
+            if count:
+                found.append(_split(header, bytearray(pending[start:stop])))
+            else:
+                found.append(_new(Frame, (kind, flags, task_id, x, y, z, pending[start:stop], ())))
+        self._pending = pending[position:]
+        return found
 
 
 # -- serializing -----------------------------------------------------------------------------------------------------
