@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import cloudpickle
+import psutil
 import pytest
 
 from agentpool import (
@@ -808,13 +809,14 @@ def frame(kind: int, *, buffers: int = 0, length: int = 0, task_id: int = 1, bod
     "data",
     [
         b"Hello, this is no frame, and longer than a header of 36 bytes.\n",
+        frame(protocol.VALUE, length=protocol.MAX_FRAME + 1),
         frame(protocol.VALUE, buffers=5, length=4, body=b"four"),
         frame(protocol.ERROR, length=9, body=b"no pickle"),
         frame(protocol.INIT_FAILED, length=9, body=b"no pickle"),
         frame(protocol.ERROR, length=len(pickle.dumps(5)), body=pickle.dumps(5)),
     ],
-    ids=["text", "buffers without room", "error that is no pickle", "initializer's error that is no pickle",
-         "error of another shape"],
+    ids=["text", "oversized length", "buffers without room", "error that is no pickle",
+         "initializer's error that is no pickle", "error of another shape"],
 )
 def test_garbage_in_the_channel_costs_its_own_worker_only(make_pool: MakePool, data: bytes) -> None:
     pool = make_pool(max_workers=2)
@@ -825,21 +827,39 @@ def test_garbage_in_the_channel_costs_its_own_worker_only(make_pool: MakePool, d
     assert [pool.submit(abs, -n).result(LONG) for n in range(5)] == list(range(5))
 
 
-def test_a_forged_result_of_another_task_is_ignored(make_pool: MakePool) -> None:
-    pool = make_pool(max_workers=1)
+def test_a_length_that_is_only_claimed_costs_no_memory(make_pool: MakePool, wait_until: WaitUntil) -> None:
+    """A header of a frame of 1 GiB, and nothing more: memory is not taken for it, and nobody waits for the rest."""
+    pool = make_pool(max_workers=2)
+    header = frame(protocol.VALUE, length=1024 * MB, body=b"the first bytes")
+    readings = [psutil.Process().memory_info().rss]
+    liar = pool.submit(write_into_results, header)
+    wait_until(lambda: readings.append(psutil.Process().memory_info().rss) or liar.done(), "it is waited for")
+    assert max(readings) - readings[0] < 200 * MB
+    error = liar.exception(LONG)
+    assert isinstance(error, WorkerCrashedError), error
+    assert "corrupted" in str(error)
+    assert [pool.submit(abs, -n).result(LONG) for n in range(5)] == list(range(5))
 
-    def forge() -> str:
-        data = frame(protocol.VALUE, task_id=999, length=4, body=b"fake")
-        for descriptor in protocol_descriptors():
-            try:
-                os.write(descriptor, data)
-            except OSError:
-                continue
+
+def test_a_forged_result_of_another_task_ends_the_forger(make_pool: MakePool, tmp_path: Path) -> None:
+    """A well-formed frame in the name of a task that runs elsewhere, sent by one that goes on as if nothing were."""
+    pool = make_pool(max_workers=2)
+
+    def wait_for(path: Path) -> str:
+        while not path.exists():
+            time.sleep(0.01)
         return "own result"
 
-    # It writes into its own page as well, over what nobody has begun: that must not matter either.
-    assert pool.submit(forge).result(LONG) == "own result"
-    assert pool.submit(abs, -1).result(LONG) == 1
+    other = pool.submit(wait_for, tmp_path / "go")
+    task_id = other.snapshot().task_id
+    fake = pickle.dumps("fake")
+    forger = pool.submit(write_into_results, frame(protocol.VALUE, task_id=task_id, length=len(fake), body=fake))
+    error = forger.exception(LONG)
+    assert isinstance(error, WorkerCrashedError)
+    assert str(error).count("its results pipe was corrupted") == 1
+    assert not other.done()
+    (tmp_path / "go").touch()
+    assert other.result(LONG) == "own result"
 
 
 @pytest.mark.parametrize("end", ["returns", "raises", "exits"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import doctest
+import functools
 import importlib.util
 import itertools
 import json
@@ -195,6 +196,37 @@ def test_modules_and_files_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"(?<![\w/.])((?:agentpool|workers|tests|docs|stress)/[\w./-]*\w)", text)
     missing = [path for path in named if not (ROOT / path).exists()]
     assert not missing, f"{page.name} names {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    """`tests/unit/test_it.py::test_name`, or `::TestClass`: also a method, so that classes need not be named."""
+    missing = [f"{path}::{name}" for path, name in named_tests(page)
+               if not (ROOT / path).exists() or name not in definitions(ROOT / path)]
+    assert not missing, f"{page.name} names {missing}"
+
+
+def named_tests(page: Path) -> list[tuple[str, str]]:
+    return re.findall(r"(tests/[\w/]+\.py)::(\w+)", page.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def definitions(file: Path) -> frozenset[str]:
+    """What a test file defines that pytest runs: test functions and methods, and classes."""
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return frozenset(node.name for node in nodes if isinstance(node, ast.ClassDef) or
+                     (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")))
+
+
+def test_each_row_of_the_table_of_faults_names_a_test() -> None:
+    page = DOCS / "reliability.md"
+    _, *sections = re.split(r"^\| fault \| promise \| test \|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(sections) >= 6
+    for section in sections:
+        rows = list(itertools.takewhile(lambda line: line.startswith("|"), section.strip().splitlines()))[1:]
+        assert rows
+        for row in rows:
+            assert re.search(r"`tests/[\w/]+\.py::\w+`", row.strip("|").split("|")[2]), row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
