@@ -75,7 +75,9 @@ class AgentFuture(Future[T]):
     _task: TaskRecord | None = None
     _manager: Manager | None = None
     _ended_at: float | None = None
-    #: `_condition`, `_waiters`, `_done_callbacks` or `_waiting` exist; never reset
+    #: locks of the threads that wait in `result`
+    _waiting: list[threading.Lock] | None = None
+    #: `_condition`, `_waiters` or `_done_callbacks` exist; never reset
     _is_watched = False
     worker_pid: int | None = None
 
@@ -224,7 +226,6 @@ class AgentFuture(Future[T]):
             lock = threading.Lock()
             lock.acquire()
             self.__dict__.setdefault("_waiting", []).append(lock)
-            self._is_watched = True
             if not self.done():  # else nobody may look at the list any more
                 lock.acquire(timeout=-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
             if not self.done():
@@ -265,7 +266,9 @@ class AgentFuture(Future[T]):
         else:
             self._exception = cast(Any, payload)
         self._state = FINISHED
-        # Whoever begins to watch does so before it looks at the state, so one of us sees the other.
+        # Whoever begins to wait or to watch does so before it looks at the state, so one of us sees the other.
+        if self._waiting is not None:
+            self._release_waiting()
         if self._is_watched:
             self._tell_watchers()
 
@@ -299,9 +302,12 @@ class AgentFuture(Future[T]):
         super().cancel()
         self.set_running_or_notify_cancel()
 
-    def _invoke_callbacks(self) -> None:
+    def _release_waiting(self) -> None:
         for lock in self.__dict__.pop("_waiting", ()):
             lock.release()
+
+    def _invoke_callbacks(self) -> None:
+        self._release_waiting()
         # As the base class, but SystemExit from a callback must not end the manager thread.
         for callback in self._done_callbacks:
             try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import pickle
 import sys
 import threading
 import time
@@ -53,8 +52,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _pool_numbers = itertools.count(1)
-#: Functions known to be importable by their name, so that plain pickle may refer to them. Bounded by clearing.
-_by_reference: set[FunctionType] = set()
+#: Functions that are found by their names, and what stands for them in calls. Bounded by clearing.
+_references: dict[FunctionType, bytes] = {}
 _REMEMBERED: Final = 4096
 
 
@@ -156,7 +155,7 @@ class _Submitting(Executor):
             futures: Iterator[Future[Any]] = (self.submit(fn, *arguments) for arguments in calls)
         else:
             chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
-            futures = (self.submit(protocol.run_chunk, fn, chunk) for chunk in chunks)
+            futures = (self.submit(protocol.run_chunk, fn, tuple(zip(*chunk, strict=True))) for chunk in chunks)
         waiting = deque(futures if buffersize is None else itertools.islice(futures, buffersize))
         results = _results_in_order(waiting, futures if buffersize is not None else iter(()), deadline)
         return results if chunksize == 1 else itertools.chain.from_iterable(results)
@@ -357,33 +356,26 @@ def _compile(options: TaskOptions) -> TaskSpec:
 
 def _serialize(fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bytes, Sequence[memoryview]]:
     """The call for a worker. Plain pickle where it is known to do: it takes a quarter of the time."""
-    if (
-        type(fn) is FunctionType
-        and (fn in _by_reference or _is_found_by_name(fn))
-        and not _is_sent_by_value(fn.__module__)
-        and protocol.is_simple(args)
-        and (not kwargs or protocol.is_simple(kwargs))
-    ):
-        try:
-            return protocol.dumps((fn, args, kwargs), by_reference=True)
-        except pickle.PicklingError:  # the name means another function by now
-            _by_reference.discard(fn)
+    if type(fn) is FunctionType and protocol.is_simple(args) and (not kwargs or protocol.is_simple(kwargs)):
+        reference = _references.get(fn) or _make_reference(fn)
+        if reference and not _is_sent_by_value(fn.__module__):
+            return protocol.call_by_name(reference, args, kwargs), ()
     return protocol.dumps((fn, args, kwargs))
 
 
-def _is_found_by_name(fn: FunctionType) -> bool:
-    """Does a worker find this very function in its module? Remembered if so: such a function lives on anyway."""
+def _make_reference(fn: FunctionType) -> bytes:
+    """What to call this very function by, where a worker finds it in its module; else b""."""
     if fn.__module__ == "__main__":
-        return False
+        return b""
     found: object = sys.modules.get(fn.__module__ or "")
     for part in fn.__qualname__.split("."):
         found = getattr(found, part, None)
     if found is not fn:
-        return False
-    if len(_by_reference) >= _REMEMBERED:
-        _by_reference.clear()
-    _by_reference.add(fn)
-    return True
+        return b""
+    if len(_references) >= _REMEMBERED:
+        _references.clear()
+    _references[fn] = reference = protocol.reference(fn)
+    return reference
 
 
 def _is_sent_by_value(module: str) -> bool:

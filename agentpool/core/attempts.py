@@ -74,7 +74,8 @@ class Attempts(Upkeep):
 
     def _settle(self, task: TaskRecord) -> None:
         self._move_task(task, _RESOLVED)
-        self._attempt_over(task)
+        if task.timer is not None or self.alone is task:
+            self._attempt_over(task)
         task.worker = None
         task.stop = None
         self.unresolved -= 1

@@ -24,12 +24,14 @@ _COMPACT_ABOVE: Final = 64
 class TaskQueue:
     """Tasks in state QUEUED. `len()` counts only those."""
 
-    __slots__ = ("_dropped", "_lanes", "_length", "_order")
+    __slots__ = ("_dropped", "_front", "_lanes", "_length", "_order")
 
     def __init__(self) -> None:
         self._lanes: dict[int, deque[TaskRecord]] = {}
         #: priorities that have a lane, highest first
         self._order: list[int] = []
+        #: the lane of the highest priority, where there is one
+        self._front: deque[TaskRecord] = deque()
         #: tasks in the lanes in state QUEUED
         self._length = 0
         #: the others
@@ -51,6 +53,7 @@ class TaskQueue:
             lane = self._lanes[priority] = deque()
             self._order.append(priority)
             self._order.sort(reverse=True)
+            self._front = self._lanes[self._order[0]]
         return lane
 
     def push(self, task: TaskRecord) -> None:
@@ -65,9 +68,13 @@ class TaskQueue:
 
     def peek(self) -> TaskRecord | None:
         """The next task, left where it is; None: the queue is empty."""
+        front = self._front
+        if front and front[0].state is _QUEUED:
+            return front[0]
         while self._order:
             priority = self._order[0]
             lane = self._lanes[priority]
+            self._front = lane
             while lane:
                 if lane[0].state is _QUEUED:
                     return lane[0]
@@ -82,7 +89,7 @@ class TaskQueue:
         task = self.peek()
         if task is None:
             raise IndexError("pop from an empty queue")
-        self._lanes[self._order[0]].popleft()
+        self._front.popleft()
         self._length -= 1
         return task
 
@@ -98,6 +105,7 @@ class TaskQueue:
                 if (lane := deque(task for task in self._lanes[priority] if task.state is _QUEUED))
             }
             self._order = list(self._lanes)
+            self._front = self._lanes[self._order[0]] if self._order else deque()
             self._dropped = 0
 
     def clear(self) -> list[TaskRecord]:
@@ -105,5 +113,6 @@ class TaskQueue:
         tasks = list(self)
         self._lanes.clear()
         self._order.clear()
+        self._front = deque()
         self._length = self._dropped = 0
         return tasks

@@ -136,7 +136,6 @@ class Scheduler(Attempts):
         now: float,
         worker: WorkerRecord,
         task: TaskRecord,
-        *,
         is_value: bool,
         payload: object,
         seconds: float,
@@ -334,7 +333,8 @@ class Scheduler(Attempts):
         task.started_at = now
         if task.first_started_at is None:
             task.first_started_at = now
-        self._drop_timer(task)
+        if task.timer is not None:
+            self._drop_timer(task)
         spec = task.spec
         timeout = spec.timeout
         if timeout is not None:
@@ -372,7 +372,8 @@ class Scheduler(Attempts):
             self.queue.pop()
             task.state = _ASSIGNED  # from QUEUED, in the table
             task.worker = worker
-            self._drop_timer(task)
+            if task.timer is not None:
+                self._drop_timer(task)
             worker.backlog.append(task)
             self._actions.append((DISPATCH, worker, task))
             share -= 1
@@ -406,7 +407,8 @@ class Scheduler(Attempts):
         worker.running = None
         if worker.backlog:
             self._begin(now, worker, worker.backlog.popleft())
-            self._hungry.append(worker)
+            if not self._hungry or self._hungry[-1] is not worker:
+                self._hungry.append(worker)
             return
         self.active -= 1
         if self.queue or self.isolated:

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from multiprocessing.connection import Connection, Pipe
 from typing import Final
 
@@ -40,6 +41,8 @@ _TURN: Final = 4 * 1024 * 1024
 #: A read that brings less than a pipe holds has emptied it.
 _PIPE_FULL: Final = 64 * 1024
 _MAX_REPORT: Final = 256 * 1024
+#: Parts of one write; the kernel takes 1,024.
+_MOST_PARTS: Final = 512
 
 
 def _page_file() -> int:
@@ -85,7 +88,8 @@ class Channel:
         self.stderr_tail = b""
         self._reader = FrameReader()
         self._received = 0
-        self._outgoing: deque[memoryview] = deque()
+        #: bytes, or views of bytes
+        self._outgoing: deque[bytes | memoryview] = deque()
         self._slots: dict[int, int] = {}
         self._next_slot = 0
         # Acquiring it is the memory barrier of revoke(); see Worker._began.
@@ -105,15 +109,20 @@ class Channel:
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def send_call(self, task_id: int, payload: bytes, buffers: Sequence[memoryview]) -> bool:
-        """Send a call. False: the pipe is full, and `flush` must be called when it has room."""
+    def queue_call(self, task_id: int, payload: bytes, buffers: Sequence[memoryview]) -> None:
+        """Have a call sent with the next `flush`: several travel in one write."""
         slot = self._next_slot
         self._next_slot = (slot + 1) % SLOTS
         self._slots[task_id] = slot
         page = self._page
         page[BEGAN + slot] = 0
         page[REVOKED + slot] = 0
-        return self._send(encode(protocol.CALL, task_id, payload, buffers, x=slot))
+        if buffers:
+            self._outgoing.extend(encode(protocol.CALL, task_id, payload, buffers, x=slot))
+        else:
+            self._outgoing.append(
+                protocol.HEADER.pack(protocol.MAGIC, protocol.CALL, 0, 0, task_id, len(payload), slot, 0, 0) + payload
+            )
 
     def send_init(self, payload: bytes, buffers: Sequence[memoryview]) -> bool:
         """Send the initializer; it goes before any call."""
@@ -124,38 +133,29 @@ class Channel:
         return self._send(encode(protocol.COLLECT))
 
     def _send(self, parts: Sequence[bytes | memoryview]) -> bool:
-        if self.calls_fd < 0:
-            return True
-        if not self._outgoing and len(parts) == 1:
-            part = parts[0]
-            try:
-                written = os.write(self.calls_fd, part)
-            except BlockingIOError:
-                written = 0
-            except BrokenPipeError:  # it is dead; its death will be observed
-                return True
-            if written == len(part):
-                return True
-            self._outgoing.append(memoryview(part)[written:])
-            return False
-        self._outgoing.extend(memoryview(part).cast("B") for part in parts)
+        self._outgoing.extend(parts)
         return self.flush()
 
     def flush(self) -> bool:
-        """Write what waits, as far as there is room. True: nothing waits any more."""
+        """Write what waits, as far as there is room. True: nothing waits any more; otherwise call it again."""
         outgoing = self._outgoing
+        if self.calls_fd < 0:
+            outgoing.clear()
         while outgoing:
             try:
-                written = os.write(self.calls_fd, outgoing[0])
+                if len(outgoing) == 1:
+                    written = os.write(self.calls_fd, outgoing[0])
+                else:
+                    written = os.writev(self.calls_fd, list(islice(outgoing, _MOST_PARTS)))
             except BlockingIOError:
                 return False
-            except BrokenPipeError:
+            except BrokenPipeError:  # it is dead; its death will be observed
                 outgoing.clear()
                 break
-            if written < len(outgoing[0]):
-                outgoing[0] = outgoing[0][written:]
-            else:
-                outgoing.popleft()
+            while outgoing and written >= len(outgoing[0]):
+                written -= len(outgoing.popleft())
+            if written:
+                outgoing[0] = memoryview(outgoing[0])[written:]
         return True
 
     def end_calls(self) -> None:

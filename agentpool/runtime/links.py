@@ -43,11 +43,11 @@ class Link:
         #: somebody wrote into its pipe of results: nothing that comes from it is read any more
         self.is_distrusted = False
 
-    def send_call(self, task: TaskRecord, payload: bytes, buffers: Sequence[memoryview]) -> bool:
-        """Under the lock: send a call. False: the pipe is full."""
+    def queue_call(self, task: TaskRecord, payload: bytes, buffers: Sequence[memoryview]) -> None:
+        """Under the lock: have a call sent with the channel's next flush."""
         if task.spec.policy is not None and task.spec.policy.sees_results:
             self.wanted_values.add(task.id)
-        return self.channel.send_call(task.id, payload, buffers)
+        self.channel.queue_call(task.id, payload, buffers)
 
     def finished(self, task_id: int) -> None:
         """Under the lock: that call is over."""

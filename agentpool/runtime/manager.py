@@ -409,23 +409,29 @@ class Manager:
             self._collect(now)
         actions = self.core.take_actions(now)
         cold = self._cold
+        receivers: list[Link] = []
         for action in actions:
             if type(action) is tuple and action[0] == act.DISPATCH:
-                self._dispatch(action[1], action[2])
+                link = self._dispatch(action[1], action[2])
+                if link not in receivers:
+                    receivers.append(link)
             elif type(action) is act.SampleWorker:
                 # Before futures are settled: who has a result and submits again finds this worker free again.
                 cold.appendleft(action)
             else:
                 cold.append(action)
+        for link in receivers:
+            if not link.channel.flush():
+                self._reception.watch_writing(link)
         if cold and threading.get_ident() != self._thread_id:
             self._reactor.wake()
 
-    def _dispatch(self, worker: WorkerRecord, task: TaskRecord) -> None:
+    def _dispatch(self, worker: WorkerRecord, task: TaskRecord) -> Link:
         link = self._staff.links[worker.id]
         call = cast(Call, task.handle)
         call.worker_pid = worker.pid
-        if not link.send_call(task, call.payload, call.buffers):
-            self._reception.watch_writing(link)
+        link.queue_call(task, call.payload, call.buffers)
+        return link
 
     def _wake_for_deadline(self) -> None:
         deadline = self.core.next_deadline()
@@ -449,21 +455,22 @@ class Manager:
                 raise PoolClosedError(_TORN)
             deadline = self.core.next_deadline()
             self._sleeps_until = float("inf") if deadline is None else deadline
-            seconds = 0.0 if self._cold or self._reception.has_events else None
-        if seconds is None and deadline is not None:
+        if self._cold or self._reception.has_events:
+            seconds: float | None = 0.0
+        elif deadline is not None:
             seconds = deadline - time.monotonic()
+        else:
+            seconds = None
         stderr = self._reception.stderr
         if stderr.is_waiting:
             seconds = _STDERR_RETRY if seconds is None else min(seconds, _STDERR_RETRY)
             self._reception.push_stderr()
         for callback in self._reactor.wait(seconds):
             callback()
-        late_kills, self._late_kills = self._late_kills, []
-        for task, _ in late_kills:
-            link = None if task.worker is None else self._staff.links.get(task.worker.id)
-            if link is not None:
-                self._reception.take_everything(link)
-        with self._section() as now:
+        late_kills = self._prepare_late_kills() if self._late_kills else ()
+        with self.lock:  # written out: `_section` costs 3 us, and is for threads that Ctrl-C may interrupt
+            self._enter()
+            now = time.monotonic()
             self._sleeps_until = 0.0
             self._reception.tell_core(now)
             for task, error in late_kills:
@@ -473,8 +480,17 @@ class Manager:
                 self.core.shutdown(now, cancel_futures=False)
             self.core.tick(now)
             self._take(now)
+            self._is_inside = False
         while self._cold:
             self._perform(self._cold.popleft())
+
+    def _prepare_late_kills(self) -> list[tuple[TaskRecord, TaskKilledError]]:
+        late_kills, self._late_kills = self._late_kills, []
+        for task, _ in late_kills:
+            link = None if task.worker is None else self._staff.links.get(task.worker.id)
+            if link is not None:
+                self._reception.take_everything(link)
+        return late_kills
 
     def _feed(self, event: Event) -> None:
         """Tell the core of something now."""

@@ -47,13 +47,10 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.text}"""'
 
 
-def decode_value(frame: Frame, *, is_wanted: bool) -> tuple[bool, object]:
-    """A value frame as (is it a value, value or error). Only where it `is_wanted` by a retry policy is it rebuilt."""
-    encoded = Encoded(frame.payload, frame.buffers)
-    if not is_wanted:
-        return True, encoded
+def decode_value(frame: Frame) -> tuple[bool, object]:
+    """A value that a retry policy wants to see, as (is it a value, value or error)."""
     try:
-        return True, encoded.rebuild()
+        return True, Encoded(frame.payload, frame.buffers).rebuild()
     except BaseException as error:  # user code; anything may come of it
         return False, unpickling_error(error)
 

@@ -19,6 +19,7 @@ from agentpool.io.reactor import Reactor
 from agentpool.io.stderr import Forwarder
 from agentpool.runtime import outcomes
 from agentpool.runtime.links import Link, Staff
+from agentpool.runtime.outcomes import Encoded
 from agentpool_worker import protocol
 from agentpool_worker.protocol import Frame
 
@@ -80,16 +81,14 @@ class Reception:
         self._read_results(link)
         if link.is_distrusted:
             return
-        for frame in link.channel.unsent_results():
-            self._receive(link, frame)
+        self._receive_all(link, link.channel.unsent_results())
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def _read_results(self, link: Link) -> None:
         try:
             frames, is_ended = link.channel.read_results()
-            for frame in frames:
-                self._receive(link, frame)
+            self._receive_all(link, frames)
         except BaseException as error:  # what cannot be understood; errors of users' classes are caught where they rise
             self._distrust(link, error)
             return
@@ -105,11 +104,34 @@ class Reception:
         link.channel.stderr_tail += f"\n[agentpool: {words}]".encode()
         link.kill()
 
+    def _receive_all(self, link: Link, frames: list[Frame]) -> None:
+        """Turn frames into events. Values that nobody here must look into, nearly all there is, become one."""
+        values: list[Frame] = []
+        for frame in frames:
+            if frame.kind == protocol.VALUE and frame.task_id not in link.wanted_values:
+                if not values:
+                    self._events.append(partial(self._values_came, link, values))
+                values.append(frame)
+            else:
+                values = []
+                self._receive(link, frame)
+
+    def _values_came(self, link: Link, frames: list[Frame], now: float) -> None:
+        """Under the lock. The hot path: what `_finished` does, for many."""
+        worker, task_finished, call_finished = link.worker, self._core.task_finished, link.channel.finished
+        for _, _, task_id, x, y, z, payload, buffers in frames:
+            task = worker.running
+            if task is None or task.id != task_id:
+                task = self._task_of(link, task_id)
+            call_finished(task_id)
+            if task is not None:
+                task_finished(now, worker, task, True, Encoded(payload, buffers), x / 1e6, y * 1024, z * 1024)
+
     def _receive(self, link: Link, frame: Frame) -> None:
         """Turn a frame into an event. Errors are rebuilt here, outside the lock: that runs code of their classes."""
         kind, worker, core = frame.kind, link.worker, self._core
         if kind == protocol.VALUE:
-            is_value, payload = outcomes.decode_value(frame, is_wanted=frame.task_id in link.wanted_values)
+            is_value, payload = outcomes.decode_value(frame)
             self._events.append(lambda now: self._finished(now, link, frame, is_value, payload))
         elif kind in _ERRORS:
             error = outcomes.decode_error(frame)
@@ -149,11 +171,11 @@ class Reception:
             now,
             link.worker,
             task,
-            is_value=is_value,
-            payload=payload,
-            seconds=frame.x / 1e6,
-            rss_bytes=frame.y * 1024,
-            peak_bytes=frame.z * 1024,
+            is_value,
+            payload,
+            frame.x / 1e6,
+            frame.y * 1024,
+            frame.z * 1024,
         )
 
     def _skipped(self, now: float, link: Link, frame: Frame) -> None:
@@ -225,8 +247,8 @@ class Reception:
         if not link.is_distrusted:
             try:
                 frames, _ = link.channel.read_results(is_last=True)
-                for frame in (*frames, *link.channel.unsent_results()):
-                    self._receive(link, frame)
+                self._receive_all(link, frames)
+                self._receive_all(link, link.channel.unsent_results())
             except BaseException as error:
                 self._distrust(link, error)
         for _ in range(_LAST_WORDS):

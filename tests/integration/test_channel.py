@@ -56,7 +56,8 @@ class Process:
         self.is_ended = False
 
     def call(self, task_id: int, fn: Callable[..., Any], *args: Any) -> bool:
-        return self.channel.send_call(task_id, *protocol.dumps((fn, args, {})))
+        self.channel.queue_call(task_id, *protocol.dumps((fn, args, {})))
+        return self.channel.flush()
 
     def pump(self, seconds: float = 0.05) -> None:
         """Write what waits and read what is there, as the manager would."""
@@ -321,16 +322,14 @@ def test_results_that_were_never_written(worker: Process, tmp_path: Path, wait_u
     """They lie in the page while the worker is busy, and when it is dead."""
     channel = worker.channel
     for task_id in (1, 2, 3):
-        channel.send_call(task_id, *protocol.dumps((double, (task_id,), {})))
-    # In one write, so that the worker reads them together and holds the results back.
+        channel.queue_call(task_id, *protocol.dumps((double, (task_id,), {})))
+    channel.flush()
     worker.result(3)
     worker.frames.clear()
-    real, channel._outgoing = channel._outgoing, channel._outgoing.__class__([memoryview(b"")])
+    # In one write, so that the worker reads them together and holds the results back.
     for task_id, fn, argument in ((4, double, 2), (5, double, 3), (6, wait_for, tmp_path / "never")):
-        channel.send_call(task_id, *protocol.dumps((fn, (argument,), {})))
-    parts = [bytes(part) for part in channel._outgoing]
-    channel._outgoing = real
-    os.write(channel.calls_fd, b"".join(parts))
+        channel.queue_call(task_id, *protocol.dumps((fn, (argument,), {})))
+    channel.flush()
     wait_until(lambda: channel.began(6), "it did not begin")
     worker.pump(0)
     unsent = {frame.task_id: protocol.loads(frame.payload) for frame in channel.unsent_results()}

@@ -777,14 +777,14 @@ def test_ctrl_c_at_any_moment_of_submitting() -> None:
             interrupter = Interrupter(signal.SIGINT, generator.uniform(0, 0.015))
             with pytest.raises(KeyboardInterrupt), AgentPool(max_workers=2) as pool:
                 pool.submit(abs, -1).result(LONG)
+                deadline = time.monotonic() + LONG
                 try:
                     interrupter.arm()
-                    while len(futures) < 200_000:
+                    while time.monotonic() < deadline:
                         futures.append(pool.submit(abs, -len(futures)))
                 finally:
                     interrupter.caught()
             interrupter.end()
-            assert len(futures) < 200_000, "Ctrl-C was lost"
             assert all(future.done() for future in futures)
             for number, future in enumerate(futures):
                 if not future.cancelled():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -409,4 +410,45 @@ def test_is_simple_trusts_only_what_plain_pickle_cannot_get_wrong(value: object,
 
 
 def test_run_chunk_calls_in_order() -> None:
-    assert protocol.run_chunk(pow, [(2, 3), (3, 2), (2, 5, 7)]) == [8, 9, 4]
+    assert protocol.run_chunk(pow, [(2, 3, 2), (3, 2, 5)]) == [8, 9, 32]
+
+
+def test_run_chunk_runs_coroutines_to_their_end() -> None:
+    async def half(number: int) -> float:
+        return number / 2
+
+    assert protocol.run_chunk(lambda n: half(n) if n % 2 else n, [(1, 2, 3)]) == [0.5, 2, 1.5]
+
+
+def load_call(payload: bytes, loader: protocol.CallLoader | None = None) -> tuple[Any, Any, Any]:
+    return (loader or protocol.CallLoader()).load(payload, ())
+
+
+def test_a_call_by_name_has_the_function_and_its_arguments() -> None:
+    front = protocol.reference(itertools.pairwise)
+    for view in (bytes, memoryview):
+        assert load_call(view(protocol.call_by_name(front, (), {}))) == (itertools.pairwise, (), {})
+        payload = view(protocol.call_by_name(front, ("x" * 300, 1), {"k": None}))
+        assert load_call(payload) == (itertools.pairwise, ("x" * 300, 1), {"k": None})
+
+
+def test_a_function_that_was_replaced_in_its_module_is_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = protocol.CallLoader()
+    payload = protocol.call_by_name(protocol.reference(protocol.finish), (1,), {})
+    assert load_call(payload, loader)[0] is protocol.finish
+    monkeypatch.setattr(protocol, "finish", abs)
+    assert load_call(payload, loader)[0] is abs
+
+
+def test_a_method_is_looked_up_each_time() -> None:
+    payload = protocol.call_by_name(protocol.reference(pathlib.Path.exists), (), {})
+    loader = protocol.CallLoader()
+    assert [load_call(payload, loader)[0] for _ in range(2)] == [pathlib.Path.exists] * 2
+
+
+def test_only_so_many_names_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_MOST_NAMES", 2)
+    loader = protocol.CallLoader()
+    for function in (os.fspath, os.getpid, os.getcwd, os.fspath):
+        assert load_call(protocol.call_by_name(protocol.reference(function), (), {}), loader)[0] is function
+    assert len(loader._places) <= 2

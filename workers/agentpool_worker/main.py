@@ -98,6 +98,7 @@ class Worker:
         self._link = link
         self._page = page
         self._reader = FrameReader()
+        self._load_call = protocol.CallLoader().load
         self._generation = 0
         self._held = 0
         self._held_since = 0.0
@@ -194,7 +195,7 @@ class Worker:
             self._interruptible = frame.task_id
             if self._stop_wanted == frame.task_id:
                 raise context.TaskCancelled("asked to stop before it began")
-            function, args, kwargs = protocol.loads(frame.payload, buffers=frame.buffers)
+            function, args, kwargs = self._load_call(frame.payload, frame.buffers)
             stage = protocol.ERROR
             value = protocol.finish(function(*args, **kwargs))
             self._end_if_copy()

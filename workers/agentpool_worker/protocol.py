@@ -10,7 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from struct import Struct
 from types import CoroutineType
@@ -29,7 +30,8 @@ MAX_BUFFERS: Final = 1 << 20
 LARGE: Final = 256 * 1024
 #: Buffers below this are cheaper inside the pickle.
 OUT_OF_BAND: Final = 64 * 1024
-_READ: Final = 256 * 1024
+#: At a time. A pipe holds no more unless it was enlarged; what is larger comes from mmap each time, at 10 us.
+_READ: Final = 64 * 1024
 
 # Parent to worker, on the pipe of calls. INIT comes first where there is an initializer. x of CALL: its slot.
 CALL: Final = 1
@@ -230,12 +232,9 @@ def is_simple(value: object, depth: int = 3) -> bool:
     return False
 
 
-def dumps(value: object, *, by_reference: bool = False) -> tuple[bytes, Sequence[memoryview]]:
-    """Serialize; returns the pickle and the buffers it left out. `by_reference`: plain pickle is known to do.
-
-    Raises what pickling raises.
-    """
-    if by_reference or is_simple(value):
+def dumps(value: object) -> tuple[bytes, Sequence[memoryview]]:
+    """Serialize; returns the pickle and the buffers it left out. Raises what pickling raises."""
+    if is_simple(value):
         return pickle.dumps(value, 5), ()
     from agentpool_worker import byvalue
 
@@ -259,12 +258,66 @@ def dumps(value: object, *, by_reference: bool = False) -> tuple[bytes, Sequence
 loads: Final[Callable[..., Any]] = pickle.loads
 
 
-# -- calls that the parent sends by reference ------------------------------------------------------------------------
+# -- calls -----------------------------------------------------------------------------------------------------------
+#
+# A call is the pickle of (function, args, kwargs). Where the function can be referred to by its name, it is instead the
+# pickle of that name, made once, behind a mark that no pickle begins with, and then the pickle of (args, kwargs), or
+# nothing where there are none: neither side looks a name up again that it has looked up before.
+
+_BY_NAME: Final = 0x52
+_NAME_HEADER: Final = Struct("<BH")
+_MOST_NAMES: Final = 4096
 
 
-def run_chunk(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Any]:
-    """Several calls of `map` as one task."""
-    return [finish(function(*arguments)) for arguments in items]
+def reference(function: Callable[..., Any]) -> bytes:
+    """What stands for an importable function at the front of its calls. Raises what pickling raises."""
+    name = pickle.dumps(function, 5)
+    return _NAME_HEADER.pack(_BY_NAME, len(name)) + name
+
+
+def call_by_name(front: bytes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+    """A call of the function with this reference; the arguments are simple."""
+    return front + pickle.dumps((args, kwargs), 5) if args or kwargs else front
+
+
+class CallLoader:
+    """Rebuilds calls; remembers where the functions are that were called by name."""
+
+    def __init__(self) -> None:
+        #: reference -> (namespace, name), so that a function which was replaced there is the new one
+        self._places: dict[bytes, tuple[dict[str, Any], str]] = {}
+
+    def load(self, payload: bytes | memoryview, buffers: Sequence[memoryview]) -> tuple[Callable[..., Any], Any, Any]:
+        """Function, args and kwargs. Raises what unpickling raises."""
+        if payload[0] != _BY_NAME:
+            function, args, kwargs = loads(payload, buffers=buffers)
+            return function, args, kwargs
+        end = _NAME_HEADER.size + payload[1] + (payload[2] << 8)
+        front = bytes(payload[:end])
+        place = self._places.get(front)
+        function = self._look_up(front) if place is None else place[0][place[1]]
+        if end == len(payload):
+            return function, (), {}
+        args, kwargs = loads(memoryview(payload)[end:])
+        return function, args, kwargs
+
+    def _look_up(self, front: bytes) -> Callable[..., Any]:
+        function: Callable[..., Any] = loads(memoryview(front)[_NAME_HEADER.size :])
+        module = sys.modules.get(getattr(function, "__module__", None) or "")
+        name = getattr(function, "__qualname__", "")
+        if module is not None and module.__dict__.get(name) is function:
+            if len(self._places) >= _MOST_NAMES:
+                self._places.clear()
+            self._places[front] = (module.__dict__, name)
+        return function
+
+
+def run_chunk(function: Callable[..., Any], columns: Sequence[Sequence[Any]]) -> list[Any]:
+    """Several calls of `map` as one task; `columns` are their first arguments, their second ones, and so on."""
+    values = list(map(function, *columns))
+    if CoroutineType in set(map(type, values)):
+        return [finish(value) for value in values]
+    return values
 
 
 def finish(value: Any) -> Any:
