@@ -58,8 +58,11 @@ class Scheduler(Attempts):
 
     # -- events: tasks -------------------------------------------------------------------------------------------
 
-    def submit(self, now: float, task: TaskRecord) -> None:
-        """Accept a task. Raises PoolClosedError, QueueFullError, or what broke the pool; then it was not accepted."""
+    def submit(self, now: float, task: TaskRecord, *, is_one_of_many: bool = False) -> None:
+        """Accept a task. Raises PoolClosedError, QueueFullError, or what broke the pool; then it was not accepted.
+
+        `is_one_of_many`: others come with it, which may have to go first; it is placed with `take_actions`.
+        """
         if self.broken is not None:
             raise failures.fresh(self.broken)
         if self.is_closing:
@@ -75,7 +78,7 @@ class Scheduler(Attempts):
         self.unresolved += 1
         task.queued_at = now
         if self.active < self.concurrency:
-            if self.idle and not self.queue and not self.isolated and self.alone is None:
+            if self.idle and not self.queue and not self.isolated and self.alone is None and not is_one_of_many:
                 self._run(now, self._choose(task), task)
                 return
             self._is_dirty = True

@@ -163,7 +163,7 @@ class Manager:
         while inbox:
             task = inbox.popleft()
             try:
-                core.submit(now, task)
+                core.submit(now, task, is_one_of_many=True)
             except (AgentPoolError, RuntimeError) as error:  # closed or broken meanwhile
                 self._cold.append((act.RESOLVE, task, False, error))
             else:
