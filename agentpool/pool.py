@@ -150,15 +150,26 @@ class _Submitting(Executor):
         if buffersize is not None and buffersize < 1:
             raise SettingsError("buffersize must be None or > 0")
         deadline = None if timeout is None else time.monotonic() + timeout
-        calls = zip(*iterables, strict=False)
         if chunksize == 1:
+            calls = zip(*iterables, strict=False)
             futures: Iterator[Future[Any]] = (self.submit(fn, *arguments) for arguments in calls)
         else:
-            chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
-            futures = (self.submit(protocol.run_chunk, fn, tuple(zip(*chunk, strict=True))) for chunk in chunks)
+            futures = (self.submit(protocol.run_chunk, fn, columns) for columns in _columns(iterables, chunksize))
         waiting = deque(futures if buffersize is None else itertools.islice(futures, buffersize))
         results = _results_in_order(waiting, futures if buffersize is not None else iter(()), deadline)
         return results if chunksize == 1 else itertools.chain.from_iterable(results)
+
+
+def _columns(iterables: tuple[Iterable[Any], ...], length: int) -> Iterator[Sequence[Sequence[Any]]]:
+    """The arguments of so many calls at a time: their first ones, their second ones, and so on."""
+    if len(iterables) == 1:
+        items = iter(iterables[0])
+        while chunk := list(itertools.islice(items, length)):
+            yield (chunk,)
+    else:
+        calls = zip(*iterables, strict=False)
+        while rows := list(itertools.islice(calls, length)):
+            yield tuple(zip(*rows, strict=True))
 
 
 def _results_in_order(
