@@ -17,7 +17,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Final
 
 import agentpool_worker
@@ -63,7 +62,7 @@ class KeeperClient:
                     _PROGRAM,
                     str(theirs.fileno()),
                     str(os.getpid()),
-                    str(Path(agentpool_worker.__file__).parent.parent),
+                    os.path.dirname(os.path.dirname(agentpool_worker.__file__)),
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
@@ -192,7 +191,8 @@ def _all_pids() -> list[int]:
 
 def _environment(pid: int) -> bytes:
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read()
     except OSError:  # gone, or not ours
         return b""
 

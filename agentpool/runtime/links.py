@@ -5,11 +5,13 @@ Only the manager thread makes and closes links; `Link.channel` is written to by 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.process
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from agentpool.config import MB, MemoryMetric, PoolSettings
 from agentpool.core.records import TaskRecord, TreeState, WorkerExit, WorkerRecord
@@ -17,7 +19,9 @@ from agentpool.io import processes
 from agentpool.io.channel import Channel
 from agentpool.io.processes import KeeperClient
 from agentpool.io.reactor import Reactor
-from agentpool.io.sampler import TreeSampler
+
+if TYPE_CHECKING:
+    from agentpool.io.sampler import TreeSampler
 
 __all__ = ["Link", "Staff"]
 
@@ -57,7 +61,7 @@ class Link:
     def spawned(self, pid: int, pidfd: int | None) -> None:
         """The keeper has forked it."""
         self.pid, self.pidfd = pid, pidfd
-        self.sampler = self.sampler or TreeSampler(pid, self._metric)
+        self._sampler_of(pid)
         if self.is_kill_wanted:
             self.kill()
 
@@ -77,9 +81,15 @@ class Link:
 
     def baseline_bytes(self, pid: int, own_bytes: int) -> int:
         """What the fresh worker uses, what its initializer or agent started included. `own_bytes`: its own word."""
-        self.sampler = self.sampler or TreeSampler(pid, self._metric)
-        reading = self.sampler.read()
+        reading = self._sampler_of(pid).read()
         return own_bytes if reading is None else reading.rss_bytes
+
+    def _sampler_of(self, pid: int) -> TreeSampler:
+        if self.sampler is None:
+            from agentpool.io.sampler import TreeSampler  # with psutil, which takes 7 ms: the worker starts meanwhile
+
+            self.sampler = TreeSampler(pid, self._metric)
+        return self.sampler
 
     def stop_tool(self) -> None:
         """SIGKILL the biggest process below the worker, if there is one."""
@@ -140,6 +150,11 @@ class Staff:
             "data_limit": None if self._settings.data_limit_mb is None else int(self._settings.data_limit_mb * MB),
             "authkey": bytes(multiprocessing.process.current_process().authkey),
         }
+
+    def start_keeper(self) -> None:
+        """Have it start, as a worker will be wanted. Where it cannot, the first start of a worker says so."""
+        with contextlib.suppress(Exception):
+            self.keeper_for_spawn()
 
     def keeper_for_spawn(self) -> KeeperClient:
         """The keeper, started where there is none, told of changes of sys.path. Raises OSError."""

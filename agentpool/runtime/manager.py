@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from agentpool.config import PoolSettings
 from agentpool.core import actions as act
@@ -34,11 +34,13 @@ from agentpool.errors import (
     TaskKilledError,
 )
 from agentpool.io.channel import Channel
-from agentpool.io.host import HostSampler
 from agentpool.io.reactor import Reactor
 from agentpool.runtime import interrupts, lifecycle
 from agentpool.runtime.links import Link
 from agentpool.runtime.reception import Event, Reception
+
+if TYPE_CHECKING:
+    from agentpool.io.host import HostSampler
 
 __all__ = ["Call", "Manager"]
 
@@ -90,7 +92,7 @@ class Manager:
         self._reactor = Reactor()
         self._reception = Reception(self.core, self._reactor)
         self._staff = self._reception.staff
-        self._host = HostSampler()
+        self._host: HostSampler | None = None
         self._sleeps_until = 0.0
         self._thread: threading.Thread | None = None
         self._thread_id = 0
@@ -444,6 +446,7 @@ class Manager:
     def _run(self) -> None:
         self._thread_id = threading.get_ident()
         try:
+            self._staff.start_keeper()
             while not self._is_finished:
                 self._turn()
         except BaseException as error:  # a defect of ours: fail what waits, end, and never hang
@@ -568,6 +571,10 @@ class Manager:
             call.settle(is_value, payload)
 
     def _sample_host(self) -> None:
+        if self._host is None:
+            from agentpool.io.host import HostSampler  # with psutil, which takes 7 ms: the keeper starts meanwhile
+
+            self._host = HostSampler()
         reading = self._host.read()
         host = HostState(
             total_bytes=reading.total_bytes,

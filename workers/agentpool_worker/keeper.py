@@ -3,20 +3,26 @@
 Started once per pool, as `python -m agentpool_worker.keeper SOCKET`. Single-threaded, so that forking it is safe; a
 child subreaper, so that whatever a dead worker leaves behind becomes the keeper's child, and is killed. It ends, with
 everything below it, when the parent does. It decides nothing: it forks when told to, and reports deaths.
+
+Whoever makes a pool waits for its first worker, so this imports as little as it can: `signal`, `socket`, `typing` and
+`traceback` would take 10 ms. What most workers need later is imported when the first ones are on their way.
 """
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]
+import _socket as socket
 import gc
-import importlib
 import marshal
 import os
 import select
-import signal
-import socket
 import sys
-import traceback
-from typing import Any, Final
+
+from agentpool_worker.authkey import set_authkey
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final
 
 #: Descriptors of a worker, in the order in which they are sent: calls, results, control, standard error, page.
 WORKER_FDS: Final = 5
@@ -26,15 +32,23 @@ MAX_MESSAGE: Final = 128 * 1024
 _FD_BASE: Final = 200
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+#: Without a message for so long, in milliseconds, the keeper imports what the first workers did not wait for.
+_LATER: Final = 50
+
+
+_libc: Any = None
 
 
 def _prctl(option: int, value: int) -> None:
     """prctl(2) where there is one; elsewhere nothing, and the docs say what is missing then."""
+    global _libc
     if sys.platform != "linux":
         return
     import ctypes
 
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+    if _libc is None:
+        _libc = ctypes.CDLL(None, use_errno=True)
+    if _libc.prctl(option, value, 0, 0, 0):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "prctl")
 
@@ -53,6 +67,7 @@ class Keeper:
         self._is_parent_gone = False
         self._setup: dict[str, Any] = {}
         self._preload_failure = ""
+        self._is_lean = True
         self._workers: dict[int, int] = {}  # pid -> worker id
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -72,7 +87,7 @@ class Keeper:
         except ParentGone:
             pass
         except BaseException:
-            traceback.print_exc()  # a defect; all that there is below must be gone nevertheless
+            _print_error()  # a defect; all that there is below must be gone nevertheless
         self._end()
 
     def _serve(self) -> None:
@@ -80,7 +95,10 @@ class Keeper:
         poll.register(self._parent, select.POLLIN)
         poll.register(self._wake_read, select.POLLIN)
         while not self._is_parent_gone and os.getppid() == self._parent_pid:
-            for descriptor, _ in poll.poll():
+            events = poll.poll(_LATER if self._is_lean and self._workers else None)
+            if not events and self._is_lean:
+                self._import_more()
+            for descriptor, _ in events:
                 if descriptor == self._wake_read:
                     os.read(self._wake_read, 4096)
                     self._reap()
@@ -95,7 +113,7 @@ class Keeper:
     def _receive(self) -> None:
         space = socket.CMSG_SPACE(WORKER_FDS * 4)
         try:
-            data, ancillary, _, _ = self._parent.recvmsg(MAX_MESSAGE, space, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+            data, ancillary, _, _ = self._parent.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError:  # it died and had not read all that we told it
             raise ParentGone from None
         if not data:
@@ -115,22 +133,34 @@ class Keeper:
     def _set_up(self, setup: dict[str, Any]) -> None:
         is_first = not self._setup
         self._setup = setup
+        set_authkey(setup["authkey"])
         sys.path[:] = setup["path"]
         sys.argv[:] = setup["argv"]
-        if not is_first or setup["method"] == "spawn":
+        if setup["method"] == "spawn":
+            self._is_lean = False
             return
-        try:
-            import multiprocessing.process
-
-            import agentpool_worker.byvalue  # imported here, so that workers share its pages
-            import agentpool_worker.main  # noqa: F401
-
-            # Proxies of the parent's multiprocessing managers, as arguments, authenticate with the parent's key.
-            multiprocessing.process.current_process().authkey = setup["authkey"]
-        except BaseException:
-            self._preload_failure = traceback.format_exc()
+        if not is_first:
             return
-        self._preload()
+        # Here, so that workers share its pages; pickle, with re and enum, as nearly every module wants it.
+        import faulthandler  # noqa: F401
+        import fcntl  # noqa: F401
+        import pickle  # noqa: F401
+        import resource  # noqa: F401
+
+        import agentpool_worker.main  # noqa: F401
+
+        if setup["preload"]:
+            self._import_more()
+            self._preload()
+        gc.freeze()  # a collection in a child would write to, and so copy, every shared page
+
+    def _import_more(self) -> None:
+        """What workers need for calls that are sent by value, so that those to come share it."""
+        import agentpool_worker.byvalue  # noqa: F401
+
+        self._is_lean = False
+        gc.collect()
+        gc.freeze()
 
     def _preload(self) -> None:
         """Import what the user named. What fails is tried again with the next start: it may have been mended."""
@@ -139,10 +169,13 @@ class Keeper:
             for name in self._setup["preload"]:
                 __import__(name)
         except BaseException:
+            import importlib
+            import traceback
+
             self._preload_failure = f"a module to preload cannot be imported:\n{traceback.format_exc()}"
             importlib.invalidate_caches()
         gc.collect()
-        gc.freeze()  # a collection in a child would write to, and so copy, every shared page
+        gc.freeze()
 
     def _tell(self, message: tuple[str, int, int | str], descriptor: int | None = None) -> None:
         data = marshal.dumps(message)
@@ -150,7 +183,8 @@ class Keeper:
             if descriptor is None:
                 self._parent.send(data)
             else:
-                socket.send_fds(self._parent, [data], [descriptor])
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor.to_bytes(4, sys.byteorder))
+                self._parent.sendmsg([data], [rights])
         except ConnectionError:
             raise ParentGone from None
 
@@ -207,8 +241,7 @@ class Keeper:
             main.serve(worker_id, calls, results, control, page)
             main.finish()
         except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
+            _print_error()
         finally:
             os._exit(1)
 
@@ -278,6 +311,13 @@ class Keeper:
             pids = set(_children()) | set(self._workers)
 
 
+def _print_error() -> None:
+    import traceback
+
+    traceback.print_exc()
+    sys.stderr.flush()
+
+
 def _kill_child(pid: int) -> bool:
     """SIGKILL a child. It has not been waited for, so that the pid cannot be anybody else's. False: we may not."""
     try:
@@ -304,8 +344,8 @@ def _reseed() -> None:
 
 def main(argv: list[str]) -> None:
     """`python -m agentpool_worker.keeper SOCKET PARENT_PID`"""
+    os.set_inheritable(int(argv[1]), False)
     parent = socket.socket(fileno=int(argv[1]))
-    parent.set_inheritable(False)
     Keeper(parent, int(argv[2])).run()
 
 

@@ -3,20 +3,19 @@
 The main thread reads calls and runs them. A second thread, asleep on the control pipe, passes on the wish to stop a
 task, and ends the process at once when the parent is gone. It knows nothing of pools, limits or retries: it does what
 frames say. `Worker` talks to a `Link`, so that tests drive it without a process.
+
+It imports as little as it can, as the keeper does: the first worker is waited for.
 """
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]
 import contextlib
 import gc
 import os
-import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Sequence
-from typing import Any, Final, Protocol
 
 from agentpool_worker import context, protocol
 from agentpool_worker.protocol import (
@@ -30,6 +29,13 @@ from agentpool_worker.protocol import (
     FrameReader,
     encode,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, Final, Protocol
+else:
+    Protocol = object
 
 #: A result waits in the outbox for company at most this long, in seconds, and never past the end of what was read.
 HOLD_SECONDS: Final = 0.0002
@@ -221,6 +227,8 @@ class Worker:
         if os.getpid() == self._pid:
             return
         if error is not None and not isinstance(error, SystemExit):
+            import traceback
+
             traceback.print_exception(error)
         _flush_streams()
         code = error.code if isinstance(error, SystemExit) else int(error is not None)
@@ -279,6 +287,8 @@ def _describe(error: BaseException, skip: int = 0, where: str = "") -> tuple[byt
 
     The parent can always rebuild the texts. `skip` leaves out the worker's own frames.
     """
+    import traceback
+
     trace = error.__traceback__
     for _ in range(skip):
         trace = trace.tb_next if trace is not None and trace.tb_next is not None else trace
@@ -377,7 +387,8 @@ def finish() -> None:
 def main(argv: list[str]) -> None:
     """A worker in a fresh interpreter; the words are its id and its descriptors: calls, results, control, page."""
     import marshal
-    import multiprocessing.process
+
+    from agentpool_worker.authkey import set_authkey
 
     worker_id, calls, results, control, report = (int(word) for word in argv[1:6])
     for descriptor in (calls, results, control, report):
@@ -386,7 +397,7 @@ def main(argv: list[str]) -> None:
     os.ftruncate(report, protocol.REPORT)
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
-    multiprocessing.process.current_process().authkey = setup["authkey"]
+    set_authkey(setup["authkey"])
     for name in setup["preload"]:
         __import__(name)
     serve(worker_id, calls, results, control, report)

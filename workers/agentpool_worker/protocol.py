@@ -7,15 +7,19 @@ that it started are ever unpickled. Standard library and cloudpickle; any thread
 
 from __future__ import annotations
 
+import _pickle as pickle  # `pickle` would import 2 ms more, for what is not used here
 import mmap
 import os
-import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import namedtuple
 from io import BytesIO
 from struct import Struct
 from types import CoroutineType
-from typing import Any, Final, NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, Final, NamedTuple
 
 MAGIC: Final = 0xA6E7
 #: magic, kind, flags, buffers, task id, bytes after the header, x, y, z
@@ -77,17 +81,22 @@ class ProtocolError(Exception):
     """The bytes are no frame: the other side is broken, or somebody wrote into its descriptors."""
 
 
-class Frame(NamedTuple):
-    """One message. `payload` and `buffers` are views or copies that stay valid."""
+if TYPE_CHECKING:
 
-    kind: int
-    flags: int
-    task_id: int
-    x: int
-    y: int
-    z: int
-    payload: bytes | memoryview
-    buffers: Sequence[memoryview]
+    class Frame(NamedTuple):
+        """One message. `payload` and `buffers` are views or copies that stay valid."""
+
+        kind: int
+        flags: int
+        task_id: int
+        x: int
+        y: int
+        z: int
+        payload: bytes | memoryview
+        buffers: Sequence[memoryview]
+
+else:
+    Frame = namedtuple("Frame", "kind flags task_id x y z payload buffers")
 
 
 #: Frame(...) without its __new__, which takes twice as long.
