@@ -45,6 +45,8 @@ from agentpool_worker import protocol
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
+    from agentpool_worker.protocol import Payload
+
 __all__ = ["AgentPool", "PoolView", "get_agent_pool", "get_circuit_breaker"]
 
 P = ParamSpec("P")
@@ -82,11 +84,11 @@ class _Submitting(Executor):
         return self._accept(payload, buffers, self._spec, getattr(fn, "__code__", None) or type(fn))
 
     def _accept(
-        self, payload: bytes, buffers: Sequence[memoryview], spec: TaskSpec, call_key: object
+        self, payload: Payload, buffers: Sequence[memoryview], spec: TaskSpec, call_key: object
     ) -> AgentFuture[Any]:
         if buffers:
             # The caller may change its array once submit returns, and the call may wait, or be sent twice.
-            buffers = [buffer if buffer.readonly else memoryview(bytes(buffer)) for buffer in buffers]
+            buffers = [protocol.frozen(buffer) for buffer in buffers]
         manager = self._manager
         future: AgentFuture[Any] = AgentFuture(manager, payload, buffers)
         future._task = manager.submit(future, spec, call_key, block=self._options.block)
@@ -366,7 +368,7 @@ def _compile(options: TaskOptions) -> TaskSpec:
     )
 
 
-def _serialize(fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bytes, Sequence[memoryview]]:
+def _serialize(fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Payload, Sequence[memoryview]]:
     """The call for a worker. Plain pickle where it is known to do: it takes a quarter of the time."""
     if type(fn) is FunctionType and protocol.is_simple(args) and (not kwargs or protocol.is_simple(kwargs)):
         reference = _references.get(fn) or _make_reference(fn)

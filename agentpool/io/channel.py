@@ -90,6 +90,7 @@ class Channel:
         self._received = 0
         #: bytes, or views of bytes
         self._outgoing: deque[bytes | memoryview] = deque()
+        self._is_large = False
         self._slots: dict[int, int] = {}
         self._next_slot = 0
         # Acquiring it is the memory barrier of revoke(); see Worker._began.
@@ -109,7 +110,7 @@ class Channel:
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def queue_call(self, task_id: int, payload: bytes, buffers: Sequence[memoryview]) -> None:
+    def queue_call(self, task_id: int, payload: protocol.Payload, buffers: Sequence[memoryview]) -> None:
         """Have a call sent with the next `flush`: several travel in one write."""
         slot = self._next_slot
         self._next_slot = (slot + 1) % SLOTS
@@ -117,14 +118,17 @@ class Channel:
         page = self._page
         page[BEGAN + slot] = 0
         page[REVOKED + slot] = 0
-        if buffers:
+        if buffers or type(payload) is not bytes or len(payload) > protocol.OUT_OF_BAND:
+            if not self._is_large:
+                self._is_large = True
+                protocol.enlarge_pipe(self.calls_fd)
             self._outgoing.extend(encode(protocol.CALL, task_id, payload, buffers, x=slot))
         else:
             self._outgoing.append(
                 protocol.HEADER.pack(protocol.MAGIC, protocol.CALL, 0, 0, task_id, len(payload), slot, 0, 0) + payload
             )
 
-    def send_init(self, payload: bytes, buffers: Sequence[memoryview]) -> bool:
+    def send_init(self, payload: protocol.Payload, buffers: Sequence[memoryview]) -> bool:
         """Send the initializer; it goes before any call."""
         return self._send(encode(protocol.INIT, 0, payload, buffers))
 

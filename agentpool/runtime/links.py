@@ -22,6 +22,7 @@ from agentpool.io.reactor import Reactor
 
 if TYPE_CHECKING:
     from agentpool.io.sampler import TreeSampler
+    from agentpool_worker.protocol import Payload
 
 __all__ = ["Link", "Staff"]
 
@@ -47,7 +48,7 @@ class Link:
         #: somebody wrote into its pipe of results: nothing that comes from it is read any more
         self.is_distrusted = False
 
-    def queue_call(self, task: TaskRecord, payload: bytes, buffers: Sequence[memoryview]) -> None:
+    def queue_call(self, task: TaskRecord, payload: Payload, buffers: Sequence[memoryview]) -> None:
         """Under the lock: have a call sent with the channel's next flush."""
         if task.spec.policy is not None and task.spec.policy.sees_results:
             self.wanted_values.add(task.id)

@@ -41,6 +41,7 @@ from agentpool.runtime.reception import Event, Reception
 
 if TYPE_CHECKING:
     from agentpool.io.host import HostSampler
+    from agentpool_worker.protocol import Payload
 
 __all__ = ["Call", "Manager"]
 
@@ -55,9 +56,15 @@ _STDERR_RETRY: Final = 0.05
 class Call(Protocol):
     """A task's future, as the manager sees it: it has the serialized call until the task is over."""
 
-    payload: bytes
-    buffers: Sequence[memoryview]
     worker_pid: int | None
+
+    @property
+    def payload(self) -> Payload:
+        """The pickle."""
+
+    @property
+    def buffers(self) -> Sequence[memoryview]:
+        """What the pickle left out."""
 
     def settle(self, is_value: bool, payload: object) -> None:
         """Set the result (an `Encoded`) or the exception, and run the callbacks."""
@@ -70,7 +77,7 @@ class Manager:
     """See the module. One per pool; starts its thread with the first task."""
 
     def __init__(
-        self, settings: PoolSettings, initializer: tuple[bytes, Sequence[memoryview]], name: str, seed: int = 0
+        self, settings: PoolSettings, initializer: tuple[Payload, Sequence[memoryview]], name: str, seed: int = 0
     ) -> None:
         self.name = name
         self.lock = threading.Lock()

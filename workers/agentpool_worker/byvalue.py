@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from io import BytesIO
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import cloudpickle
 
@@ -45,6 +45,13 @@ def restore_function(function: FunctionType, state: tuple[dict[str, Any], dict[s
     cloudpickle.cloudpickle._function_setstate(function, (own, slots))
 
 
+class SupportsWrite(Protocol):
+    """As much of a file as a pickler needs."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take these bytes, which nobody changes any more."""
+
+
 class _MainGlobals(dict[str, Any]):
     """Stands for the globals of `__main__` in a pickle."""
 
@@ -57,7 +64,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def __init__(
         self,
-        file: BytesIO,
+        file: BytesIO | SupportsWrite,
         *,
         buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None,
         under_way: frozenset[str] = frozenset(),

@@ -61,6 +61,7 @@ class PipeLink:
         self._calls = calls
         self._results = results
         self._announced = protocol.announced(page)
+        self._is_large = False
         self._lock = threading.Lock()
 
     def abandon(self, *others: int) -> None:
@@ -74,6 +75,9 @@ class PipeLink:
 
     def write(self, parts: list[bytes | memoryview]) -> None:
         with self._lock:
+            if len(parts) > 1 and not self._is_large:
+                self._is_large = True
+                protocol.enlarge_pipe(self._results)
             self._announced[0] += sum(memoryview(part).nbytes for part in parts)
             for part in parts:
                 view = memoryview(part)
@@ -193,7 +197,7 @@ class Worker:
             _flush_streams()
         self._send(encode(kind, task_id, payload, buffers, x=micros, y=rss, z=peak), ended)
 
-    def _attempt(self, frame: Frame) -> tuple[int, bytes, Sequence[memoryview]]:
+    def _attempt(self, frame: Frame) -> tuple[int, protocol.Payload, Sequence[memoryview]]:
         """Unpickle, run and pickle: all of it is the user's code, and all of it can be interrupted."""
         stage = protocol.CALL_FAILED
         try:
@@ -282,7 +286,7 @@ class Worker:
         self._link.write(encode(protocol.STOPPING, task_id))
 
 
-def _describe(error: BaseException, skip: int = 0, where: str = "") -> tuple[bytes, Sequence[memoryview]]:
+def _describe(error: BaseException, skip: int = 0, where: str = "") -> tuple[protocol.Payload, Sequence[memoryview]]:
     """An error as (pickled exception or None, class name, text, traceback, why not pickled, where in the result).
 
     The parent can always rebuild the texts. `skip` leaves out the worker's own frames.
