@@ -452,3 +452,35 @@ def test_only_so_many_names_are_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     for function in (os.fspath, os.getpid, os.getcwd, os.fspath):
         assert load_call(protocol.call_by_name(protocol.reference(function), (), {}), loader)[0] is function
     assert len(loader._places) <= 2
+
+
+def large_frame(fill: bytes, task_id: int) -> bytes:
+    return wire((protocol.VALUE, 0, task_id, 0, 0, 0, fill * (LARGE + 1), ()))
+
+
+def test_memory_of_a_large_frame_is_used_again_only_when_nobody_looks_at_it() -> None:
+    reader = FrameReader()
+    reader.feed(large_frame(b"a", 1))
+    (first,) = reader.frames()
+    spare = reader._spare
+    reader.feed(large_frame(b"b", 2))
+    (second,) = reader.frames()
+    assert bytes(first.payload) == b"a" * (LARGE + 1)
+    assert bytes(second.payload) == b"b" * (LARGE + 1)
+    assert reader._spare is not spare
+    spare = reader._spare
+    del second
+    reader.feed(large_frame(b"c", 3))
+    (third,) = reader.frames()
+    assert reader._spare is spare
+    assert bytes(third.payload) == b"c" * (LARGE + 1)
+
+
+def test_what_was_frozen_does_not_change() -> None:
+    for size in (100, LARGE + 100):
+        data = bytearray(b"x" * size)
+        frozen = protocol.frozen(memoryview(data))
+        data[:] = b"y" * size
+        assert bytes(frozen) == b"x" * size
+    constant = memoryview(b"constant")
+    assert protocol.frozen(constant) is constant

@@ -40,6 +40,7 @@ OUT_OF_BAND: Final = 64 * 1024
 _READ: Final = 64 * 1024
 _LARGE_PIPE: Final = 1024 * 1024
 _HUGE: Final = 4 * 1024 * 1024
+_MOST_SPARE: Final = 4 * 1024 * 1024
 
 # Parent to worker, on the pipe of calls. INIT comes first where there is an initializer. x of CALL: its slot.
 CALL: Final = 1
@@ -141,9 +142,17 @@ def enlarge_pipe(descriptor: int) -> None:
             return
 
 
-def _split(header: tuple[int, ...], body: bytearray | mmap.mmap) -> Frame:
+def _is_viewed(memory: mmap.mmap) -> bool:
+    """Does anybody have a view of it?"""
+    try:
+        memory.resize(len(memory))
+    except BufferError:
+        return True
+    return False
+
+
+def _split(header: tuple[int, ...], view: memoryview) -> Frame:
     _, kind, flags, count, task_id, _, x, y, z = header
-    view = memoryview(body)
     if count * _SIZE.size > len(view):
         raise ProtocolError("the table of buffers of a frame is longer than the frame")
     sizes = [_SIZE.unpack_from(view, index * _SIZE.size)[0] for index in range(count)]
@@ -188,14 +197,16 @@ def _fresh_memory(length: int) -> mmap.mmap:
 class FrameReader:
     """Puts frames together from what a descriptor yields, however it is cut."""
 
-    __slots__ = ("_body", "_filled", "_header", "_pending")
+    __slots__ = ("_body", "_filled", "_header", "_pending", "_spare")
 
     def __init__(self) -> None:
         self._pending = b""
         # A large frame in the making: its header, its body, and how much of that is there.
         self._header: tuple[int, ...] | None = None
-        self._body: mmap.mmap | None = None
+        self._body: memoryview | None = None
         self._filled = 0
+        #: what the last one was read into, to be used again where nobody has a view of it any more
+        self._spare: mmap.mmap | None = None
 
     @property
     def is_between_frames(self) -> bool:
@@ -205,7 +216,7 @@ class FrameReader:
     def read_from(self, descriptor: int) -> int:
         """One read; returns the number of bytes, 0 at end of file. Raises BlockingIOError where there is nothing."""
         if self._body is not None:
-            count = os.readv(descriptor, [memoryview(self._body)[self._filled :]])
+            count = os.readv(descriptor, [self._body[self._filled :]])
             self._filled += count
             return count
         data = os.read(descriptor, _READ)
@@ -220,6 +231,16 @@ class FrameReader:
             self._filled += len(taken)
             data = data[len(taken) :]
         self._pending += bytes(data)
+
+    def _memory(self, length: int) -> memoryview:
+        spare = self._spare  # it is mapped already, which takes as long as to fill it
+        if spare is None or len(spare) < length or _is_viewed(spare):
+            try:
+                spare = _fresh_memory(length)
+            except MemoryError as error:
+                raise ProtocolError(f"no memory for a frame: {error}") from error
+            self._spare = spare if length <= _MOST_SPARE else None
+        return memoryview(spare)[:length]
 
     def frames(self) -> list[Frame]:
         """The frames that are whole. Raises ProtocolError."""
@@ -242,17 +263,14 @@ class FrameReader:
             stop = start + length
             if stop > end:
                 if length > LARGE:
-                    try:
-                        self._body = _fresh_memory(length)
-                    except MemoryError as error:
-                        raise ProtocolError(f"no memory for a frame: {error}") from error
+                    self._body = self._memory(length)
                     self._header, self._filled = header, end - start
                     self._body[: end - start] = pending[start:end]
                     position = end
                 break
             position = stop
             if count:
-                found.append(_split(header, bytearray(pending[start:stop])))
+                found.append(_split(header, memoryview(bytearray(pending[start:stop]))))
             else:
                 found.append(_new(Frame, (kind, flags, task_id, x, y, z, pending[start:stop], ())))
         self._pending = pending[position:]
