@@ -460,18 +460,23 @@ def large_frame(fill: bytes, task_id: int) -> bytes:
 
 def test_memory_of_a_large_frame_is_used_again_only_when_nobody_looks_at_it() -> None:
     reader = FrameReader()
-    reader.feed(large_frame(b"a", 1))
-    (first,) = reader.frames()
+
+    def read(data: bytes) -> Frame:
+        reader.feed(data[:100])
+        assert reader.frames() == []
+        reader.feed(data[100:])
+        (frame,) = reader.frames()
+        return frame
+
+    first = read(large_frame(b"a", 1))
     spare = reader._spare
-    reader.feed(large_frame(b"b", 2))
-    (second,) = reader.frames()
+    second = read(large_frame(b"b", 2))
     assert bytes(first.payload) == b"a" * (LARGE + 1)
     assert bytes(second.payload) == b"b" * (LARGE + 1)
     assert reader._spare is not spare
     spare = reader._spare
     del second
-    reader.feed(large_frame(b"c", 3))
-    (third,) = reader.frames()
+    third = read(large_frame(b"c", 3))
     assert reader._spare is spare
     assert bytes(third.payload) == b"c" * (LARGE + 1)
 
