@@ -82,6 +82,8 @@ class Crew(ABC):
         self.live = 0
         #: number of workers STARTING
         self.starting = 0
+        #: number of workers that are leaving
+        self.leaving = 0
         #: number of workers with a running task
         self.active = 0
         #: sum of `rss_bytes` of `workers`
@@ -151,6 +153,9 @@ class Crew(ABC):
         worker.state = state
         self.live += (_LIVE_MASK >> state & 1) - (_LIVE_MASK >> old & 1)
         self.starting -= old is _STARTING
+        if worker.is_leaving:
+            worker.is_leaving = False
+            self.leaving -= 1
         if old is _IDLE:
             del self.idle[worker.id]
         elif old is _CHECKING:
@@ -215,7 +220,8 @@ class Crew(ABC):
         # A worker whose memory is being read is free again in a moment; one that had to collect may not be.
         coming = self.starting + sum(not worker.check_stage for worker in self.checking.values())
         wanted = max(self._demand() - coming, floor - self.live)
-        wanted = min(wanted, self.settings.max_workers - self.live, 2 * self.settings.max_workers - len(self.workers))
+        most = self.settings.max_workers
+        wanted = min(wanted, most + self.leaving - self.live, 2 * most - len(self.workers))
         if wanted <= 0 or not self._may_start(now):
             return
         # A start that is overdue is tried again when it is gone, and was counted.

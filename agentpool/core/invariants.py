@@ -138,7 +138,7 @@ def limits_have_timers(scheduler: Scheduler) -> Iterator[str]:
 def the_pool_keeps_its_size(scheduler: Scheduler) -> Iterator[str]:
     """Live workers <= max_workers; with those that are about to be gone, twice that at most."""
     most = scheduler.settings.max_workers
-    if scheduler.live > most or len(scheduler.workers) > 2 * most:
+    if scheduler.live - scheduler.leaving > most or len(scheduler.workers) > 2 * most:
         yield f"{scheduler.live} live of {len(scheduler.workers)} workers, max_workers is {most}"
 
 
@@ -172,6 +172,7 @@ def numbers_agree_with_workers(scheduler: Scheduler) -> Iterator[str]:
     workers = list(scheduler.workers.values())
     counts = (
         ("live", scheduler.live, sum(1 for worker in workers if worker.state in LIVE_STATES)),
+        ("leaving", scheduler.leaving, sum(worker.is_leaving for worker in workers)),
         ("starting", scheduler.starting, sum(1 for worker in workers if worker.state is WorkerState.STARTING)),
         ("active", scheduler.active, sum(1 for worker in workers if worker.running is not None)),
         ("pool_bytes", scheduler.pool_bytes, sum(worker.rss_bytes for worker in workers)),

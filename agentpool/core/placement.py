@@ -45,6 +45,11 @@ class Durations:
         weight = 0.5 if seconds > mean else 0.125
         self._known[call_key] = (count + 1, mean + (seconds - mean) * weight)
 
+    def expected(self, call_key: object, calls: int) -> float | None:
+        """Seconds that so many calls like this one will take; None: nobody knows."""
+        known = self._known.get(call_key)
+        return None if known is None else known[1] * calls
+
     def backlog_for(self, call_key: object) -> int:
         """How many calls like this one may wait in a worker behind the one it runs."""
         known = self._known.get(call_key)

@@ -35,6 +35,9 @@ _BUSY = WorkerState.BUSY
 
 #: After a task that took longer than this the worker's tree is measured, whatever the worker says of itself.
 MEASURE_AFTER: Final = 0.05
+#: A worker whose last tasks will take no longer than this, in seconds, has its successor started meanwhile. To wait the
+#: 5 ms of a start after longer ones is nothing, and to have one more process all that time would be something.
+SUCCESSOR_LEAD: Final = 1.0
 
 
 class Scheduler(Attempts):
@@ -338,6 +341,8 @@ class Scheduler(Attempts):
             task.first_started_at = now
         if task.timer is not None:
             self._drop_timer(task)
+        if worker.task_limit is not None:
+            self._consider_leaving(worker, task)
         spec = task.spec
         timeout = spec.timeout
         if timeout is not None:
@@ -352,6 +357,17 @@ class Scheduler(Attempts):
         timer = worker.sample_timer
         if timer is None or timer.when > now + soon:
             self._arm_sampling(worker, now + soon)
+
+    def _consider_leaving(self, worker: WorkerRecord, task: TaskRecord) -> None:
+        """Whoever has its last tasks already has its successor started now, so that nobody waits for it."""
+        if worker.is_leaving or worker.task_limit is None:
+            return
+        left = worker.task_limit - worker.tasks_done
+        seconds = self._durations.expected(task.call_key, left)
+        if left <= 1 + len(worker.backlog) and seconds is not None and seconds <= SUCCESSOR_LEAD:
+            worker.is_leaving = True
+            self.leaving += 1
+            self._is_dirty = True
 
     def _feed(self, now: float) -> None:
         """Send short calls ahead to workers that just ended one, while the queue is deep."""
@@ -382,6 +398,8 @@ class Scheduler(Attempts):
             share -= 1
         if worker.backlog and worker.backlog_timer is None:
             self._watch_backlog(worker, head)
+        if worker.task_limit is not None:
+            self._consider_leaving(worker, head)
 
     def _watch_backlog(self, worker: WorkerRecord, head: TaskRecord) -> None:
         due = head.started_at + GIVE_BACK_AFTER
@@ -401,9 +419,13 @@ class Scheduler(Attempts):
         # Asked after placing: whoever could use an idle worker has it.
         if self._is_reserved():
             return 0 if self.active else 1
-        slots = self.concurrency - self.active
+        slots = self.concurrency - self.active + self.leaving
         isolated = min(len(self.isolated), slots)
         return isolated + max(0, min(len(self.queue), slots - isolated) - len(self.idle))
+
+    def _is_succeeded(self, worker: WorkerRecord) -> bool:
+        """It could run another task, as one was taken back, but its successor has its place already."""
+        return worker.is_leaving and self.live > self.settings.max_workers + self.leaving - 1
 
     def _worker_free(self, now: float, worker: WorkerRecord) -> None:
         """The task at its head has ended."""
@@ -420,7 +442,7 @@ class Scheduler(Attempts):
             return  # killed meanwhile: its death will be observed
         if worker.retire_reason is not None:
             self._retire(now, worker, worker.retire_reason)
-        elif worker.task_limit is not None and worker.tasks_done >= worker.task_limit:
+        elif worker.task_limit is not None and (worker.tasks_done >= worker.task_limit or self._is_succeeded(worker)):
             self._retire(now, worker, "max_tasks_per_child")
         elif worker.wants_check:
             self._begin_check(now, worker, is_read=False)

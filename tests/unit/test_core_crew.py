@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from agentpool.config import MB, BreakerSettings
@@ -450,3 +452,86 @@ class TestDefects:
                 bench.exit(worker, 1)
             bench.advance(11.0)
         assert len(bench.core.story().splitlines()) < 100
+
+
+class TestSuccessors:
+    """A worker that has its last tasks already is succeeded before it is gone."""
+
+    def busy_with_its_last(self, make_bench, *, seconds: float = 0.001, **settings: Any) -> Any:
+        bench = make_bench(max_workers=1, max_tasks_per_child=6, **settings)
+        task, worker = bench.started(call_key="f")
+        worker.task_limit = 6
+        queued = [bench.submit(call_key="f") for _ in range(8)]
+        while worker.tasks_done < 5 and worker.running is not None and not bench.core.leaving:
+            bench.finish(worker.running, seconds=seconds)
+            if worker.state is WorkerState.CHECKING:
+                bench.sample(worker, 20)
+        return bench, worker, queued
+
+    def test_it_is_started_beside_it_and_takes_over(self, make_bench) -> None:
+        bench, worker, _ = self.busy_with_its_last(make_bench)
+        assert worker.is_leaving
+        (successor,) = bench.spawned()
+        assert bench.core.live == 2
+        bench.ready(successor)
+        assert successor.state is WorkerState.IDLE, "the other one still runs"
+        while worker.running is not None:
+            bench.finish(worker.running, seconds=0.001)
+        assert worker.tasks_done == 6
+        assert worker.state is WorkerState.RETIRING
+        assert successor.state is WorkerState.BUSY
+        assert not bench.core.leaving
+
+    def test_not_where_the_last_ones_take_long_or_nobody_knows(self, make_bench) -> None:
+        bench, worker, _ = self.busy_with_its_last(make_bench, seconds=2.0)
+        assert worker.tasks_done == 5
+        assert not worker.is_leaving
+        assert bench.spawned() == []
+
+    def test_not_where_no_work_waits(self, make_bench) -> None:
+        bench, worker, queued = self.busy_with_its_last(make_bench)
+        assert worker.is_leaving
+        bench.exit(bench.spawned()[0], 1)
+        for task in queued:
+            bench.do(bench.core.cancel, task)
+        bench.advance(60.0)
+        assert bench.spawned() == []
+
+    def test_who_has_a_successor_goes_though_its_last_task_was_taken_back(self, make_bench) -> None:
+        bench, worker, _ = self.busy_with_its_last(make_bench)
+        bench.ready(bench.spawned()[0])
+        assert worker.backlog
+        for task in reversed(list(worker.backlog)):
+            bench.do(bench.core.task_given_back, task)
+        bench.finish(worker.running)
+        assert worker.tasks_done < 6
+        assert worker.state is WorkerState.RETIRING
+        assert bench.core.live == 1
+
+    def test_several_results_of_one_worker_may_come_at_once(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        task, worker = bench.started(call_key="f")
+        queued = [bench.submit(call_key="f") for _ in range(50)]
+        while not worker.backlog:
+            bench.finish(worker.running, seconds=0.0001)
+        for _ in range(3):
+            bench.core.task_finished(bench.now, worker, worker.running, True, None, 0.0001, 0)
+        bench.take()
+        assert sum(task.state is TaskState.RESOLVED for task in queued) >= 3
+
+    def test_who_has_none_stays(self, make_bench) -> None:
+        bench, worker, _ = self.busy_with_its_last(make_bench)
+        bench.exit(bench.spawned()[0], 1)
+        for task in reversed(list(worker.backlog)):
+            bench.do(bench.core.task_given_back, task)
+        bench.finish(worker.running)
+        assert worker.state is WorkerState.BUSY
+        assert worker.tasks_done < 6
+
+
+def test_an_action_shows_what_it_asks_for_and_equals_one_that_asks_for_the_same() -> None:
+    assert repr(act.Warn("look")) == "Warn(message='look')"
+    assert act.Warn("look") == act.Warn("look")
+    assert act.Warn("look") != act.Warn("listen")
+    assert act.SampleHost() == act.SampleHost()
+    assert act.SampleHost() != act.RoomFreed()
