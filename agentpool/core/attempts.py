@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-from agentpool.config import MB, QUARANTINE_AFTER, PoolSettings
+from agentpool.config import QUARANTINE_AFTER, PoolSettings
 from agentpool.core import failures
 from agentpool.core.actions import RESOLVE, AskToStop, DumpStack, Revoke
 from agentpool.core.crew import POOL_STOPPED
@@ -44,13 +44,10 @@ class Attempts(Upkeep):
         self.waiting: dict[int, TaskRecord] = {}
         #: the task that runs while nothing else may
         self.alone: TaskRecord | None = None
-        self._hard_limit_bytes = (
-            None if settings.hard_memory_limit_mb is None else int(settings.hard_memory_limit_mb * MB)
-        )
 
     def _hard_limit(self, task: TaskRecord) -> int | None:
         own = task.hard_limit_bytes
-        return self._hard_limit_bytes if own is None else own
+        return self.hard_limit_bytes if own is None else own
 
     def _move_task(self, task: TaskRecord, state: TaskState) -> None:
         if not _ALLOWED[task.state] >> state & 1:

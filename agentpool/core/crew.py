@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from agentpool.config import PoolSettings
+from agentpool.config import MB, PoolSettings
 from agentpool.core import failures, recycling
 from agentpool.core.actions import Action, BreakerChanged, Close, Kill, Retire, Spawn, Warn
 from agentpool.core.breaker import Breaker
@@ -67,6 +67,9 @@ class Crew(ABC):
 
     def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
         self.settings = settings
+        hard = settings.hard_memory_limit_mb
+        #: of a worker's tree while it starts, and while it runs a task that has no limit of its own
+        self.hard_limit_bytes = None if hard is None else int(hard * MB)
         self.rng = Random(seed)
         self.timers = TimerQueue()
         self.breaker = Breaker(settings.breaker)
@@ -261,8 +264,9 @@ class Crew(ABC):
     def worker_spawned(self, now: float, worker: WorkerRecord, pid: int) -> None:
         """The worker's process exists."""
         worker.pid = pid
-        if worker.state is _STARTING and self.settings.hard_memory_limit_mb is not None:
-            self._arm_sampling(worker, now + recycling.SAMPLE_BUSY)  # an initializer may take more than that
+        if worker.state is _STARTING and self.hard_limit_bytes is not None:
+            soon = recycling.next_sample_interval(worker, self.hard_limit_bytes, self.settings.cleanup_interval)
+            self._arm_sampling(worker, now + soon)  # an initializer may take more than that
 
     def worker_ready(self, now: float, worker: WorkerRecord, pid: int, rss_bytes: int) -> None:
         """The worker answered: preload and initializer are done. `rss_bytes` is its baseline."""

@@ -112,9 +112,9 @@ class WorkerRecord:
 
     __slots__ = (
         "backlog", "backlog_timer", "baseline_bytes", "check_stage", "cpu_seconds", "id", "idle_since",
-        "is_leaving", "is_over_hard_limit", "is_probe", "limit_bytes", "pid", "processes", "reason", "retire_reason", "rss_bytes",
-        "running", "sample_interval", "sample_timer", "sampled_at", "samples", "soft_limit_bytes", "spawned_at",
-        "state", "state_timer", "task_limit", "tasks_done", "wants_check", "warm_kinds",
+        "is_leaving", "is_over_hard_limit", "is_probe", "limit_bytes", "pid", "processes", "reason", "retire_reason",
+        "rss_bytes", "running", "sample_interval", "sample_timer", "sampled_at", "samples", "soft_limit_bytes",
+        "spawned_at", "state", "state_timer", "task_limit", "tasks_done", "wants_check", "warm_kinds",
     )
 
     def __init__(self, worker_id: int, now: float) -> None:

@@ -352,7 +352,7 @@ class Scheduler(Attempts):
         if spec.key is not None:
             self._affinity.used(spec.key, worker)
         soon = recycling.SAMPLE_BUSY
-        if task.hard_limit_bytes is not None or self._hard_limit_bytes is not None:
+        if task.hard_limit_bytes is not None or self.hard_limit_bytes is not None:
             soon = recycling.next_sample_interval(worker, self._hard_limit(task), self.settings.cleanup_interval)
         timer = worker.sample_timer
         if timer is None or timer.when > now + soon:

@@ -81,9 +81,10 @@ class Upkeep(Crew):
 
     def _next_interval(self, worker: WorkerRecord) -> float:
         task, slowest = worker.running, self.settings.cleanup_interval
-        if worker.state is _STARTING and self.settings.hard_memory_limit_mb is not None:
-            hard = int(self.settings.hard_memory_limit_mb * MB)
-            return recycling.next_sample_interval(worker, hard, slowest)
+        if worker.state is _STARTING and self.hard_limit_bytes is not None:
+            if worker.is_over_hard_limit:
+                return recycling.SAMPLE_FASTEST
+            return recycling.next_sample_interval(worker, self.hard_limit_bytes, slowest)
         if task is None or worker.state is not _BUSY:
             return slowest
         if worker.is_over_hard_limit:
@@ -96,31 +97,34 @@ class Upkeep(Crew):
 
     def _judge_start(self, now: float, worker: WorkerRecord) -> None:
         """What preload or an initializer takes has the limit of a task; the breaker counts it as a failed start."""
-        limit = self.settings.hard_memory_limit_mb
-        if limit is not None and worker.rss_bytes > limit * MB:
-            used = worker.rss_bytes / MB
+        if self._is_over(worker, self.hard_limit_bytes):
+            used, limit = worker.rss_bytes / MB, self.settings.hard_memory_limit_mb
             self._kill(now, worker, f"used {used:.0f} MB before it was ready, above hard_memory_limit_mb ({limit:g})")
+
+    def _is_over(self, worker: WorkerRecord, limit: int | None) -> bool:
+        """Twice in a row, since a fork just before exec shows a process twice for one reading; or plainly over."""
+        if limit is None or worker.rss_bytes <= limit:
+            worker.is_over_hard_limit = False
+        elif worker.is_over_hard_limit or worker.rss_bytes > limit * 5 // 4:
+            return True
+        else:
+            worker.is_over_hard_limit = True
+        return False
 
     def _judge_running(self, now: float, worker: WorkerRecord, task: TaskRecord) -> None:
         task.peak_rss_bytes = max(task.peak_rss_bytes, worker.rss_bytes)
         if recycling.is_over_soft_limit(worker, worker.rss_bytes):
             worker.wants_check = True
         limit = self._hard_limit(task)
-        if limit is None or worker.state is not _BUSY:
+        if limit is None or worker.state is not _BUSY or not self._is_over(worker, limit):
             return
-        if worker.rss_bytes <= limit:
+        if task.spec.spares_task and worker.processes > 1 and task.tools_stopped < MAX_TOOLS_STOPPED:
             worker.is_over_hard_limit = False
-        elif worker.is_over_hard_limit or worker.rss_bytes > limit * 5 // 4:
-            # Twice in a row, since a fork just before exec shows the parent twice for one reading; or plainly over.
-            if task.spec.spares_task and worker.processes > 1 and task.tools_stopped < MAX_TOOLS_STOPPED:
-                worker.is_over_hard_limit = False
-                task.tools_stopped += 1
-                self.counters.tools_stopped += 1
-                self._actions.append(StopTool(worker))
-            else:
-                self._stop_for_memory(now, worker, task, limit)
+            task.tools_stopped += 1
+            self.counters.tools_stopped += 1
+            self._actions.append(StopTool(worker))
         else:
-            worker.is_over_hard_limit = True
+            self._stop_for_memory(now, worker, task, limit)
 
     def _stop_for_memory(
         self, now: float, worker: WorkerRecord, task: TaskRecord, limit_bytes: int, why: str = ""

@@ -454,12 +454,53 @@ class TestDefects:
         assert len(bench.core.story().splitlines()) < 100
 
 
+class TestMemoryOfStarts:
+    """Preload and initializer have the pool's hard limit; what passes it is a failed start."""
+
+    def test_plainly_over_it_is_killed_and_counts(self, make_bench) -> None:
+        bench = make_bench(hard_memory_limit_mb=200)
+        bench.submit()
+        (worker,) = bench.spawned()
+        bench.core.worker_spawned(bench.now, worker, 7)
+        bench.advance(0.25)
+        assert bench.asked(act.SampleWorker) == [act.SampleWorker(worker)]
+        bench.sample(worker, 260)
+        (kill,) = bench.asked(act.Kill)
+        assert kill.reason == "used 260 MB before it was ready, above hard_memory_limit_mb (200)"
+        bench.exit(worker)
+        assert bench.core.counters.start_failures == 1
+
+    def test_little_over_it_is_read_again_at_once(self, make_bench) -> None:
+        bench = make_bench(hard_memory_limit_mb=200)
+        bench.submit()
+        (worker,) = bench.spawned()
+        bench.core.worker_spawned(bench.now, worker, 7)
+        for size in (210, 150, 210):
+            bench.sample(worker, size)
+            assert bench.asked(act.Kill) == []
+        bench.asked(act.SampleWorker)
+        bench.advance(0.011)
+        assert bench.asked(act.SampleWorker) == [act.SampleWorker(worker)]
+        bench.sample(worker, 211)
+        assert len(bench.asked(act.Kill)) == 1
+
+    def test_without_a_limit_it_is_not_looked_at(self, make_bench) -> None:
+        bench = make_bench()
+        bench.submit()
+        (worker,) = bench.spawned()
+        bench.core.worker_spawned(bench.now, worker, 7)
+        bench.advance(5.0)
+        assert bench.asked(act.SampleWorker) == []
+        bench.sample(worker, 5000)
+        assert bench.asked(act.Kill) == []
+
+
 class TestSuccessors:
     """A worker that has its last tasks already is succeeded before it is gone."""
 
     def busy_with_its_last(self, make_bench, *, seconds: float = 0.001, **settings: Any) -> Any:
         bench = make_bench(max_workers=1, max_tasks_per_child=6, **settings)
-        task, worker = bench.started(call_key="f")
+        _, worker = bench.started(call_key="f")
         worker.task_limit = 6
         queued = [bench.submit(call_key="f") for _ in range(8)]
         while worker.tasks_done < 5 and worker.running is not None and not bench.core.leaving:
@@ -510,7 +551,7 @@ class TestSuccessors:
 
     def test_several_results_of_one_worker_may_come_at_once(self, make_bench) -> None:
         bench = make_bench(max_workers=1)
-        task, worker = bench.started(call_key="f")
+        _, worker = bench.started(call_key="f")
         queued = [bench.submit(call_key="f") for _ in range(50)]
         while not worker.backlog:
             bench.finish(worker.running, seconds=0.0001)
