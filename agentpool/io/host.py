@@ -3,10 +3,12 @@
 A reading says how much, never whether that is too little: thresholds and hysteresis belong to the core. It starts no
 thread and keeps no descriptor open. Any thread may use a `HostSampler`, one at a time.
 
-psutil answers for the host, also inside a container. A container's limit is found here: `/proc/self/cgroup` names our
-cgroup in each hierarchy, `/proc/self/mountinfo` says which part of that hierarchy is mounted where, and every level
-from our cgroup up to the mount may have a limit, of which each binds. Limits and our place are read anew each time,
-since both may change under a running process (`docker update`, a service manager that moves us).
+The host's own memory and CPU times are read from /proc where it has them, elsewhere by psutil, whose import would take
+7 ms of a pool's first start. They are the host's, also inside a container. A container's limit is found here:
+`/proc/self/cgroup` names our cgroup in each hierarchy, `/proc/self/mountinfo` says which part of that hierarchy is
+mounted where, and every level from our cgroup up to the mount may have a limit, of which each binds. Limits and our
+place are read anew each time, since both may change under a running process (`docker update`, a service manager that
+moves us).
 
 Measured on 2 cores with Python 3.11, psutil 7.2 and 4 cgroup levels (hybrid, no limit set): `HostSampler.read` 130 us.
 """
@@ -16,11 +18,10 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
-
-import psutil
 
 __all__ = ["CgroupLevel", "HostReading", "HostSampler", "MemoryBound", "busy_percent", "cgroup_levels", "memory_bounds"]
 
@@ -79,11 +80,15 @@ class _Mount:
     root: str
 
 
+#: The counters of /proc/stat, in ticks: their shares are what counts.
+_CpuTimes = namedtuple("_CpuTimes", "user nice system idle iowait irq softirq steal guest guest_nice")
+
+
 class HostSampler:
     """Reads memory, CPU and pressure of the host and of the cgroups this process is in.
 
-    `proc_root` and `cgroup_root` are where /proc and /sys/fs/cgroup are looked for; psutil's part (the host's memory
-    and CPU) always comes from the real ones. Without cgroups or pressure files (macOS), only psutil's part remains.
+    `proc_root` and `cgroup_root` are where /proc and /sys/fs/cgroup are looked for. Without them (macOS), what psutil
+    knows of the host remains.
     """
 
     def __init__(self, proc_root: str | os.PathLike[str] = "/proc",
@@ -98,7 +103,7 @@ class HostSampler:
 
     def read(self) -> HostReading:
         """Reads everything now. Raises nothing for files that are missing or unreadable: they bind nothing."""
-        total, available = _host_memory()
+        total, available = _host_memory(self._proc_root)
         levels = self._current_levels()
         tightest = MemoryBound(total, available, "host")
         for bound in memory_bounds(levels):
@@ -121,7 +126,7 @@ class HostSampler:
         now = time.monotonic()
         if self._cpu_times is None or now - self._cpu_read_at >= _SHORTEST_CPU_WINDOW_SECONDS:
             try:
-                times = psutil.cpu_times()
+                times = _cpu_times(self._proc_root)
             except OSError:  # no descriptor is free
                 return self._cpu_percent
             if self._cpu_times is not None:
@@ -140,14 +145,30 @@ class HostSampler:
         return max(known, default=None)
 
 
-def _host_memory() -> tuple[int, int]:
+def _host_memory(proc_root: str) -> tuple[int, int]:
     """Total and available bytes of the host."""
+    text = _text(f"{proc_root}/meminfo")
+    found = dict(re.findall(r"^(MemTotal|MemAvailable): +(\d+) kB$", text, re.MULTILINE))
+    if len(found) == 2:
+        return int(found["MemTotal"]) * 1024, int(found["MemAvailable"]) * 1024
     try:
+        import psutil
+
         memory = psutil.virtual_memory()
     except OSError:  # no descriptor is free; a system call does, which takes the page cache for used
         page = os.sysconf("SC_PAGE_SIZE")
         return os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
     return memory.total, memory.available
+
+
+def _cpu_times(proc_root: str) -> Any:
+    """CPU seconds of the host since its start, by what they were spent on. Raises OSError."""
+    line = _text(f"{proc_root}/stat").partition("\n")[0].split()
+    if len(line) > len(_CpuTimes._fields) and line[0] == "cpu":
+        return _CpuTimes(*map(int, line[1 : len(_CpuTimes._fields) + 1]))
+    import psutil
+
+    return psutil.cpu_times()
 
 
 def busy_percent(before: Any, after: Any) -> float:

@@ -5,7 +5,6 @@ Only the manager thread makes and closes links; `Link.channel` is written to by 
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing.process
 import os
 import signal
@@ -151,11 +150,6 @@ class Staff:
             "data_limit": None if self._settings.data_limit_mb is None else int(self._settings.data_limit_mb * MB),
             "authkey": bytes(multiprocessing.process.current_process().authkey),
         }
-
-    def start_keeper(self) -> None:
-        """Have it start, as a worker will be wanted. Where it cannot, the first start of a worker says so."""
-        with contextlib.suppress(Exception):
-            self.keeper_for_spawn()
 
     def keeper_for_spawn(self) -> KeeperClient:
         """The keeper, started where there is none, told of changes of sys.path. Raises OSError."""

@@ -453,7 +453,6 @@ class Manager:
     def _run(self) -> None:
         self._thread_id = threading.get_ident()
         try:
-            self._staff.start_keeper()
             while not self._is_finished:
                 self._turn()
         except BaseException as error:  # a defect of ours: fail what waits, end, and never hang
@@ -579,7 +578,7 @@ class Manager:
 
     def _sample_host(self) -> None:
         if self._host is None:
-            from agentpool.io.host import HostSampler  # with psutil, which takes 7 ms: the keeper starts meanwhile
+            from agentpool.io.host import HostSampler
 
             self._host = HostSampler()
         reading = self._host.read()

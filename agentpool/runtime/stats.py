@@ -44,7 +44,7 @@ def pool_stats(manager: Manager) -> dict[str, Any]:
             "name": manager.name,
             "status": _status(manager, bool(reasons)),
             "reasons": reasons,
-            "total_agents": core.live,
+            "total_agents": core.live - core.leaving,
             "max_pool_size": core.settings.max_workers,
             "max_concurrent": core.concurrency,
             "agents_by_status": by_status,
