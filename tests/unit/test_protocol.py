@@ -489,3 +489,94 @@ def test_what_was_frozen_does_not_change() -> None:
         assert bytes(frozen) == b"x" * size
     constant = memoryview(b"constant")
     assert protocol.frozen(constant) is constant
+
+
+# --- large calls, while they arrive ---
+
+
+class Streaming:
+    """A reader that hands out large calls as streams, and a pipe that a thread fills."""
+
+    def __init__(self, data: bytes) -> None:
+        self.read_end, self._write_end = os.pipe()
+        self.reader = FrameReader(self.read_end)
+        self._thread = threading.Thread(target=self._fill, args=(memoryview(data),))
+        self._thread.start()
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            view = view[os.write(self._write_end, view) :]
+        os.close(self._write_end)
+
+    def frames(self) -> Iterator[Frame]:
+        while self.reader.read_from(self.read_end):
+            yield from self.reader.frames()
+
+    def close(self) -> None:
+        os.close(self.read_end)
+        self._thread.join()
+
+
+def large_call(task_id: int, *args: Any) -> bytes:
+    payload, buffers = protocol.dumps((len, args, {}))
+    return b"".join(bytes(part) for part in encode(protocol.CALL, task_id, payload, buffers, x=3))
+
+
+def small_call(task_id: int) -> bytes:
+    return wire((protocol.CALL, 0, task_id, 0, 0, 0, b"small", ()))
+
+
+def test_a_large_call_is_unpickled_while_it_arrives_and_the_next_frame_is_whole() -> None:
+    big = os.urandom(3 * LARGE)
+    text = "ä" * LARGE
+    streaming = Streaming(large_call(1, big, [text, big[:5]]) + small_call(2) + large_call(3, big))
+    seen = []
+    for frame in streaming.frames():
+        if isinstance(frame.payload, protocol.Stream):
+            function, args, kwargs = protocol.CallLoader().load(frame.payload, ())
+            frame.payload.drain()
+            seen.append((frame.task_id, function, args, kwargs))
+        else:
+            seen.append((frame.task_id, bytes(frame.payload)))
+    streaming.close()
+    assert seen == [(1, len, (big, [text, big[:5]]), {}), (2, b"small"), (3, len, (big,), {})]
+
+
+def test_a_large_call_that_nobody_wants_is_drained() -> None:
+    streaming = Streaming(large_call(1, os.urandom(2 * LARGE)) + small_call(2))
+    frames = []
+    for frame in streaming.frames():
+        if isinstance(frame.payload, protocol.Stream):
+            frame.payload.drain()
+        frames.append(frame.task_id)
+    streaming.close()
+    assert frames == [1, 2]
+
+
+def test_a_stream_gives_no_byte_of_the_next_frame() -> None:
+    streaming = Streaming(wire((protocol.CALL, 0, 1, 0, 0, 0, bytes(LARGE + 1), ())) + small_call(2))
+    stream = next(streaming.frames()).payload
+    assert stream.read(LARGE) == bytes(LARGE)
+    with pytest.raises(ProtocolError, match="longer than its frame"):
+        stream.read(2)
+    with pytest.raises(ProtocolError, match="no pickle of protocol 5"):
+        stream.readline()
+    stream.drain()
+    assert [frame.task_id for frame in streaming.frames()] == [2]
+    streaming.close()
+
+
+def test_a_call_whose_sender_is_gone_is_an_error() -> None:
+    streaming = Streaming(large_call(1, os.urandom(2 * LARGE))[:-10])
+    stream = next(streaming.frames()).payload
+    with pytest.raises(ProtocolError, match="ended within a call"):
+        protocol.CallLoader().load(stream, ())
+    streaming.close()
+
+
+def test_only_calls_without_buffers_are_streams() -> None:
+    value = wire((protocol.VALUE, 0, 1, 0, 0, 0, bytes(LARGE + 1), ()))
+    buffered = wire((protocol.CALL, 0, 2, 0, 0, 0, b"", (bytes(LARGE + 1),)))
+    streaming = Streaming(value + buffered)
+    assert [type(frame.payload) for frame in streaming.frames()] == [memoryview, memoryview]
+    streaming.close()

@@ -32,6 +32,7 @@ class FakeLink:
         self.chunks = list(chunks)
         self.writes: list[bytes] = []
         self.on_read: Callable[[], None] = lambda: None
+        self.streams_from = None
 
     def read_calls(self, reader: FrameReader) -> int:
         self.on_read()

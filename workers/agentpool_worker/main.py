@@ -28,6 +28,7 @@ from agentpool_worker.protocol import (
     REVOKED,
     Frame,
     FrameReader,
+    Stream,
     encode,
 )
 
@@ -47,6 +48,10 @@ _PAGE_KIB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
 
 class Link(Protocol):
     """What a worker needs of the outside."""
+
+    @property
+    def streams_from(self) -> int | None:
+        """The descriptor that large calls can be unpickled from while they arrive; None: there is none."""
 
     def read_calls(self, reader: FrameReader) -> int:
         """Block for bytes of calls; 0: no more will come."""
@@ -70,6 +75,10 @@ class PipeLink:
         for descriptor in (self._calls, self._results, *others):
             with contextlib.suppress(OSError):  # the task closed it before
                 os.close(descriptor)
+
+    @property
+    def streams_from(self) -> int | None:
+        return self._calls
 
     def read_calls(self, reader: FrameReader) -> int:
         return reader.read_from(self._calls)
@@ -108,7 +117,7 @@ class Worker:
         self._pid = os.getpid()
         self._link = link
         self._page = page
-        self._reader = FrameReader()
+        self._reader = FrameReader(link.streams_from)
         self._load_call = protocol.CallLoader().load
         self._generation = 0
         self._held = 0
@@ -175,6 +184,8 @@ class Worker:
     def _serve(self, frame: Frame) -> None:
         slot, task_id = frame.x, frame.task_id
         if not self._began(slot):
+            if isinstance(frame.payload, Stream):
+                frame.payload.drain()
             self._send(encode(protocol.SKIPPED, task_id, x=slot), time.monotonic())
             return
         if self._cancelled.is_set() and self._stop_wanted != task_id:
@@ -203,10 +214,11 @@ class Worker:
         stage = protocol.CALL_FAILED
         try:
             context._enter(context.TaskContext(frame.task_id, self.worker_id, self._cancelled))
+            call = self._load_stream(frame.payload) if isinstance(frame.payload, Stream) else None
             self._interruptible = frame.task_id
             if self._stop_wanted == frame.task_id:
                 raise context.TaskCancelled("asked to stop before it began")
-            function, args, kwargs = self._load_call(frame.payload, frame.buffers)
+            function, args, kwargs = call or self._load_call(frame.payload, frame.buffers)
             stage = protocol.ERROR
             value = protocol.finish(function(*args, **kwargs))
             self._end_if_copy()
@@ -226,6 +238,13 @@ class Worker:
                 where = unpicklable.find(value, "result", protocol.dumps)
             payload, buffers = _describe(error, skip=1, where=where)
             return stage, payload, buffers
+
+    def _load_stream(self, stream: Stream) -> tuple[Any, Any, Any]:
+        """A large call, while it arrives. Not interruptible: what was read of the pipe must be known to the byte."""
+        try:
+            return self._load_call(stream, ())
+        finally:
+            stream.drain()
 
     def _end_if_copy(self, error: BaseException | None = None) -> None:
         """A task that forked comes back twice. Only the original goes on; the copy ends here, as after os.fork()."""

@@ -89,7 +89,7 @@ class ProtocolError(Exception):
 if TYPE_CHECKING:
 
     class Frame(NamedTuple):
-        """One message. `payload` and `buffers` are views or copies that stay valid."""
+        """One message. `payload` (bytes or a view) and `buffers` stay valid; that of a large call may be a `Stream`."""
 
         kind: int
         flags: int
@@ -97,7 +97,7 @@ if TYPE_CHECKING:
         x: int
         y: int
         z: int
-        payload: bytes | memoryview
+        payload: Any
         buffers: Sequence[memoryview]
 
 else:
@@ -194,12 +194,64 @@ def _fresh_memory(length: int) -> mmap.mmap:
     return body
 
 
+class Stream:
+    """A large call while it arrives, as a file to unpickle from: a large object is read into the memory where it stays.
+
+    Blocks until the bytes are there, and reads none beyond the frame. Must not be interrupted by an exception.
+    """
+
+    __slots__ = ("_descriptor", "_head", "_left")
+
+    def __init__(self, descriptor: int, head: bytes, length: int) -> None:
+        self._descriptor = descriptor
+        self._head = memoryview(head)
+        #: bytes of the frame that are still in the pipe
+        self._left = length - len(head)
+
+    def readinto(self, target: bytearray | memoryview) -> int:
+        """Fill `target`. Raises ProtocolError where the frame has no more."""
+        view = memoryview(target).cast("B")
+        filled = min(len(view), len(self._head))
+        view[:filled] = self._head[:filled]
+        self._head = self._head[filled:]
+        if len(view) - filled > self._left:
+            raise ProtocolError("a call is longer than its frame")
+        while filled < len(view):
+            count = os.readv(self._descriptor, [view[filled:]])
+            if not count:
+                raise ProtocolError("the pipe of calls ended within a call")
+            filled += count
+            self._left -= count
+        return filled
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        data = bytearray(size)
+        self.readinto(data)
+        return bytes(data)
+
+    def readline(self) -> bytes:
+        """Asked for by no pickle of protocol 5."""
+        raise ProtocolError("a call is no pickle of protocol 5")
+
+    def drain(self) -> None:
+        """Read what is left of the frame, so that the next one can be read."""
+        self._head = self._head[:0]
+        while self._left:
+            self.read(min(self._left, _READ))
+
+
 class FrameReader:
-    """Puts frames together from what a descriptor yields, however it is cut."""
+    """Puts frames together from what a descriptor yields, however it is cut.
 
-    __slots__ = ("_body", "_filled", "_header", "_pending", "_spare")
+    `streams_from`: that descriptor, where large calls are to be handed out as a `Stream`, before they are there; each
+    must be drained before the next read.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_body", "_filled", "_header", "_pending", "_spare", "_streams_from")
+
+    def __init__(self, streams_from: int | None = None) -> None:
+        self._streams_from = streams_from
         self._pending = b""
         # A large frame in the making: its header, its body, and how much of that is there.
         self._header: tuple[int, ...] | None = None
@@ -262,7 +314,11 @@ class FrameReader:
             start = position + _HEADER_SIZE
             stop = start + length
             if stop > end:
-                if length > LARGE:
+                if length > LARGE and kind == CALL and not count and self._streams_from is not None:
+                    stream = Stream(self._streams_from, pending[start:end], length)
+                    found.append(_new(Frame, (kind, flags, task_id, x, y, z, stream, ())))
+                    position = end
+                elif length > LARGE:
                     self._body = self._memory(length)
                     self._header, self._filled = header, end - start
                     self._body[: end - start] = pending[start:end]
@@ -366,8 +422,13 @@ class CallLoader:
         #: reference -> (namespace, name), so that a function which was replaced there is the new one
         self._places: dict[bytes, tuple[dict[str, Any], str]] = {}
 
-    def load(self, payload: bytes | memoryview, buffers: Sequence[memoryview]) -> tuple[Callable[..., Any], Any, Any]:
+    def load(
+        self, payload: bytes | memoryview | Stream, buffers: Sequence[memoryview]
+    ) -> tuple[Callable[..., Any], Any, Any]:
         """Function, args and kwargs. Raises what unpickling raises."""
+        if isinstance(payload, Stream):
+            function, args, kwargs = pickle.Unpickler(payload).load()
+            return function, args, kwargs
         if payload[0] != _BY_NAME:
             function, args, kwargs = loads(payload, buffers=buffers)
             return function, args, kwargs
