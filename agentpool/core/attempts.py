@@ -11,7 +11,8 @@ from typing import Final
 from agentpool.config import QUARANTINE_AFTER, PoolSettings
 from agentpool.core import failures
 from agentpool.core.actions import RESOLVE, AskToStop, DumpStack, Revoke
-from agentpool.core.crew import POOL_STOPPED
+from agentpool.core.crew import LIVE_STATES, POOL_STOPPED
+from agentpool.core.placement import fresh_worker
 from agentpool.core.queueing import TaskQueue
 from agentpool.core.records import StopCause, TaskRecord, WorkerExit, WorkerRecord
 from agentpool.core.retry import RetryPolicy, backoff_seconds
@@ -330,8 +331,14 @@ class Attempts(Upkeep):
         is_hopeless = breaker.state is BreakerState.FORCED_OPEN or (
             breaker.state is BreakerState.OPEN and not breaker.holds
         )
-        if is_hopeless and not self.live and not self.active:
-            for task in [*self.queue.clear(), *self.isolated]:
+        if not is_hopeless or self.active or self.starting:
+            return
+        if not self.live:
+            for task in self.queue.clear():
+                self._resolve(task, False, self._circuit_open(now, task))
+        if fresh_worker(worker for worker in self.workers.values() if worker.state in LIVE_STATES) is None:
+            # Used workers serve the queue, but not those who want a fresh one for themselves.
+            for task in self.isolated:
                 self._resolve(task, False, self._circuit_open(now, task))
             self.isolated.clear()
 

@@ -8,7 +8,7 @@ import tenacity
 from agentpool.config import BreakerSettings
 from agentpool.core import actions as act
 from agentpool.core.attempts import ACKNOWLEDGE_WITHIN, DUMP_SECONDS
-from agentpool.core.retry import RetryPolicy
+from agentpool.core.retry import RetryPolicy, compile_policy
 from agentpool.core.transitions import TaskState, WorkerState
 from agentpool.errors import (
     CircuitOpenError,
@@ -502,6 +502,39 @@ class TestTimeInTheQueue:
         assert isinstance(error, CircuitOpenError)
         assert "It was opened by hand" in str(error)
         assert bench.core.queue_length == 0
+
+    def test_shutdown_does_not_wait_for_a_fresh_worker_that_cannot_come(self, make_bench) -> None:
+        """Found by the simulator: the used worker that is idle serves everybody but who killed one before."""
+        bench = make_bench(max_workers=2, max_concurrent=2, idle_timeout=None)
+        task, worker = bench.started(policy=compile_policy(2))
+        other, _ = bench.started()
+        bench.finish(other)
+        bench.exit(worker, -11)
+        bench.do(bench.core.force_open, "by hand")
+        bench.do(bench.core.shutdown, cancel_futures=False)
+        bench.advance(10.0)
+        assert isinstance(bench.outcomes[task.id][1], CircuitOpenError)
+        for left in list(bench.core.workers.values()):
+            bench.exit(left, 0)
+        assert bench.core.is_closed
+
+    def test_shutdown_waits_for_a_fresh_worker_whose_memory_is_looked_at(self, make_bench) -> None:
+        bench = make_bench(max_workers=2, min_workers=2)
+        bench.do(bench.core.start)
+        for worker in bench.spawned():
+            bench.ready(worker)
+        task, worker = bench.started(policy=compile_policy(2))
+        (fresh,) = bench.core.idle.values()
+        bench.sample(fresh, 500)
+        assert fresh.state is WorkerState.CHECKING
+        bench.do(bench.core.force_open, "by hand")
+        bench.do(bench.core.shutdown, cancel_futures=False)
+        bench.exit(worker, -11)
+        bench.advance(2.0)
+        assert task.state is TaskState.QUEUED
+        bench.do(bench.core.worker_collected, fresh)
+        bench.sample(fresh, 50)
+        assert task.worker is fresh
 
     def test_shutdown_does_not_wait_for_a_breaker_that_only_a_hand_closes(self, make_bench) -> None:
         bench = make_bench(max_workers=1)
