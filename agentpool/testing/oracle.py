@@ -1,0 +1,250 @@
+"""An independent record of what was promised to whom, and of what really ran: the oracle.
+
+It hears of every call that is accepted, begun, ended or lost in an imagined worker, and of every future that is
+settled, and says where the two do not fit together: a task that ran twice at once, or twice without leave; a result
+that was safe and got lost; a value that nobody returned; an error without a cause; a future settled twice, or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from agentpool.core.records import TaskRecord, TaskSpec
+from agentpool.errors import (
+    CircuitOpenError,
+    InitializerError,
+    MemoryLimitError,
+    PoolClosedError,
+    QuarantinedError,
+    QueueTimeoutError,
+    ResultPicklingError,
+    TaskKilledError,
+    TaskTimeoutError,
+    TaskUnpicklingError,
+    WorkerCrashedError,
+)
+from agentpool.runtime.outcomes import Encoded
+from agentpool.testing.fates import Fate
+from agentpool.testing.process import FakeProcess, TaskCancelled, TaskError
+from agentpool_worker import protocol
+
+if TYPE_CHECKING:
+    from agentpool.testing.world import World
+
+__all__ = ["FakeFuture", "Oracle", "Violation"]
+
+_ERROR_OF: Final[dict[int, type[BaseException]]] = {
+    protocol.ERROR: TaskError,
+    protocol.CALL_FAILED: TaskUnpicklingError,
+    protocol.RESULT_FAILED: ResultPicklingError,
+}
+
+
+class Violation(AssertionError):
+    """The pool broke a promise. `number`: of the task concerned, 0 where there is none."""
+
+    def __init__(self, rule: str, message: str, number: int = 0) -> None:
+        super().__init__(f"{rule}: {message}")
+        self.rule = rule
+        self.number = number
+
+
+class FakeFuture:
+    """What the manager settles (`agentpool.runtime.manager.Call`), with all that really happened to its task."""
+
+    __slots__ = (
+        "_oracle", "begun", "buffers", "deaths", "end", "ended", "fate", "follower", "is_kill_promised", "is_safe",
+        "payload", "process", "produced", "spec", "task", "wishes", "worker_pid",
+    )
+
+    def __init__(self, oracle: Oracle, spec: TaskSpec, fate: Fate) -> None:
+        self._oracle = oracle
+        self.spec = spec
+        #: what the task does
+        self.fate = fate
+        self.payload: bytes | tuple[bytes, ...] = b"call"
+        # An imagined worker takes a buffer for the kind of agent that it has to set up.
+        self.buffers: Sequence[memoryview] = () if spec.kind is None else (memoryview(spec.kind.encode()),)
+        self.worker_pid: int | None = None
+        self.task: TaskRecord | None = None
+        #: how often a worker began it, how often one ended it, how often one died with it
+        self.begun = 0
+        self.ended = 0
+        self.deaths = 0
+        #: which worker runs it now
+        self.process: FakeProcess | None = None
+        #: what the last attempt came to, as (frame kind, payload), and whether no death could lose that
+        self.produced: tuple[int, bytes] | None = None
+        self.is_safe = False
+        #: what users asked for: "cancel", "kill"
+        self.wishes: set[str] = set()
+        self.is_kill_promised = False
+        #: how it was settled; "" while it is not
+        self.end = ""
+        #: submit this when it is settled, in a callback
+        self.follower: TaskSpec | None = None
+
+    def story(self) -> str:
+        """What happened to it, for the report of a failure."""
+        return (
+            f"{self.task!r}, {self.spec}, {self.fate}: {self.end or 'not settled'}; really began {self.begun}, ended "
+            f"{self.ended}, was lost {self.deaths} times; runs in {self.process}; last came to {self.produced}; wishes "
+            f"{sorted(self.wishes)}"
+        )
+
+    def settle(self, is_value: bool, payload: object) -> None:
+        """Set the result or the exception, and run the callbacks."""
+        self._oracle.settled(self, is_value, payload)
+
+    def settle_cancelled(self) -> None:
+        """Become cancelled."""
+        self._oracle.cancelled(self)
+
+
+class Oracle:
+    """See the module. Raises `Violation`, out of whichever call showed it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.futures: dict[int, FakeFuture] = {}
+        #: accepted and not settled, in order
+        self.open: dict[int, FakeFuture] = {}
+        self.settlements = 0
+        self.begins = 0
+        #: how each settled task ended
+        self.ends: list[str] = []
+        #: what was done to the pool as a whole: "cancel", "stop", "breaker", "initializer", "corrupt"
+        self.facts: set[str] = set()
+
+    def accepted(self, future: FakeFuture, task: TaskRecord) -> None:
+        """`submit` returned."""
+        future.task = task
+        self.futures[task.id] = self.open[task.id] = future
+
+    # -- what workers do -----------------------------------------------------------------------------------------
+
+    def began(self, process: FakeProcess, task_id: int) -> None:
+        """A worker begins to run a task."""
+        future = self.futures[task_id]
+        if future.process is not None:
+            raise Violation("nothing_runs_twice_at_once", f"task {task_id} begins in {process} and runs in "
+                            f"{future.process}", task_id)
+        if future.end:
+            raise Violation("what_is_settled_does_not_run", f"task {task_id} begins in {process} and is "
+                            f"{future.end} already", task_id)
+        self.begins += 1
+        future.begun += 1
+        if future.begun > 1 and future.spec.policy is None:
+            raise Violation("no_second_attempt_unasked", f"task {task_id} begins for the second time", task_id)
+        future.process = process
+        if fate_bytes := future.fate.grows:
+            if future.fate.in_tool:
+                process.tools.append(fate_bytes)
+            else:
+                process.rss_bytes = fate_bytes
+        future.produced, future.is_safe = None, False
+        running = sum(1 for other in self._world.machine.living() if other.current is not None)
+        if running > self._world.settings.concurrency:
+            raise Violation("the_throttle_holds", f"{running} tasks really run at once", task_id)
+
+    def ended(self, process: FakeProcess, task_id: int, kind: int, payload: bytes, *, is_safe: bool) -> None:
+        """A task ended in its worker."""
+        future = self.futures[task_id]
+        future.process = None
+        process.tools.clear()
+        future.ended += 1
+        future.produced, future.is_safe = (kind, payload), is_safe
+
+    def lost(self, process: FakeProcess, task_id: int) -> None:
+        """A worker died with a task, or with its half written result."""
+        future = self.futures[task_id]
+        future.process = None
+        future.deaths += 1
+
+    # -- what futures are told -----------------------------------------------------------------------------------
+
+    def _settle(self, future: FakeFuture, how: str) -> TaskRecord:
+        task = future.task
+        assert task is not None
+        if future.end:
+            raise Violation("settled_exactly_once", f"task {task.id} is {how}, and was {future.end} before", task.id)
+        if self._world.is_locked:
+            raise Violation("settled_outside_the_lock", f"task {task.id} is {how} with the lock held", task.id)
+        future.end = how
+        self.settlements += 1
+        self.ends.append(how)
+        del self.open[task.id]
+        if future.begun != task.attempts:
+            raise Violation("attempts_are_charged_when_begun", f"task {task.id} is charged with {task.attempts} "
+                            f"attempts, and began {future.begun} times", task.id)
+        return task
+
+    def cancelled(self, future: FakeFuture) -> None:
+        """A future is told that it is cancelled."""
+        task = self._settle(future, "cancelled")
+        if "cancel" not in future.wishes and self.facts.isdisjoint(("cancel", "stop")):
+            raise Violation("errors_have_causes", f"nobody cancelled task {task.id}", task.id)
+        if future.process is not None:
+            raise Violation("what_runs_is_not_cancelled", f"task {task.id} runs in {future.process}", task.id)
+        self._world.follow(future)
+
+    def settled(self, future: FakeFuture, is_value: bool, payload: object) -> None:
+        """A future is told its value or error."""
+        task = self._settle(future, "resolved" if is_value else type(payload).__name__)
+        if is_value:
+            self._judge_value(future, task, payload)
+        elif (why := self._doubt(future, task, payload)) is not None:
+            raise Violation("errors_have_causes", f"task {task.id} got {type(payload).__name__} ({payload}), and "
+                            f"{why}", task.id)
+        self._world.follow(future)
+
+    def _judge_value(self, future: FakeFuture, task: TaskRecord, payload: object) -> None:
+        value: Any = payload.rebuild() if isinstance(payload, Encoded) else payload
+        produced = future.produced
+        if produced is None or produced[0] != protocol.VALUE or value != protocol.loads(produced[1]) or (
+            value[0] != task.id
+        ):
+            raise Violation("the_right_value", f"task {task.id} got {value!r}; its last attempt came to {produced}",
+                            task.id)
+        if future.is_kill_promised:
+            raise Violation("a_promised_kill_kills", f"task {task.id} returned {value!r} although it was to be killed",
+                            task.id)
+
+    def _doubt(self, future: FakeFuture, task: TaskRecord, error: object) -> str | None:
+        """Why this error cannot be right; None: it can."""
+        spec, now, facts = future.spec, self._world.machine.clock.now, self.facts
+        match error:
+            case QuarantinedError():
+                return None if future.deaths >= 3 else f"only {future.deaths} workers died of it"
+            case WorkerCrashedError():
+                if not future.deaths and "corrupt" not in facts:
+                    return "no worker died while it ran it"
+                if future.is_safe and "corrupt" not in facts:
+                    return f"its last attempt had ended, with {future.produced}"
+                return None
+            case TaskTimeoutError():
+                is_due = spec.timeout is not None and now >= task.started_at + spec.timeout
+                return None if is_due else f"its timeout is {spec.timeout}, it ran since {task.started_at}, now {now}"
+            case MemoryLimitError():
+                is_over = error.is_pool_wide or error.peak_rss_bytes > error.limit_bytes
+                return None if is_over else f"its peak was {error.peak_rss_bytes}, its limit {error.limit_bytes}"
+            case TaskKilledError():
+                return None if "kill" in future.wishes or "stop" in facts else "nobody killed it"
+            case QueueTimeoutError():
+                limit = spec.queue_timeout
+                return None if limit is not None and now >= task.queued_at + limit else f"its queue_timeout is {limit}"
+            case CircuitOpenError():
+                return None if "breaker" in facts else "the breaker never opened"
+            case InitializerError():
+                return None if "initializer" in facts else "no initializer failed"
+            case PoolClosedError():
+                return None if "closed" in facts else "the pool is open"
+            case LookupError():
+                return None if spec.policy is not None else "it has no policy that could raise it"
+            case TaskCancelled():
+                return "whoever had it asked to stop has a better reason"
+        produced = future.produced
+        if produced is not None and produced[0] in _ERROR_OF and isinstance(error, _ERROR_OF[produced[0]]):
+            return None
+        return f"its last attempt came to {produced}"

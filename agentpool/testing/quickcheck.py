@@ -1,0 +1,211 @@
+"""All rules of `agentpool.core.invariants` in one pass, for simulations that look after every event.
+
+`is_well` says whether they hold, four times as fast; which one does not, and why, `invariants.check` says, which is
+asked whenever this says no. `tests/simulation` breaks each rule in turn and wants this to notice, and every so many
+schedules are looked at by the rules themselves. A rule that is added there is to be added here: `COVERED` names them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from agentpool.core.records import TaskRecord, WorkerRecord
+from agentpool.core.scheduler import Scheduler
+from agentpool.core.transitions import BreakerState, TaskState, WorkerState
+
+__all__ = ["COVERED", "is_well"]
+
+_QUEUED, _ASSIGNED, _RUNNING, _STOPPING, _WAITING_RETRY, _RESOLVED = TaskState
+_STARTING, _IDLE, _BUSY, _CHECKING, _RETIRING, _KILLED, _GONE = WorkerState
+_CLOSED, _OPEN, _HALF_OPEN, _FORCED = BreakerState
+
+#: The rules that `is_well` looks at.
+COVERED: Final = frozenset({
+    "a_backlog_is_watched", "a_cause_is_set_exactly_while_stopping", "a_closed_pool_is_empty", "a_doomed_pool_ends",
+    "a_task_is_in_one_place", "a_worker_runs_no_more_than_its_limit", "attempts_are_charged_when_begun",
+    "idle_workers_are_in_order", "limits_have_timers", "no_worker_is_idle_while_a_task_could_run", "nothing_is_lost",
+    "numbers_agree_with_workers", "one_probe_at_a_time", "places_agree_with_states",
+    "queued_tasks_are_in_state_queued", "ready_workers_have_a_baseline", "running_is_set_exactly_while_busy",
+    "tasks_outside_workers_have_none", "the_bound_holds", "the_breaker_has_a_reason", "the_pool_keeps_its_size",
+    "the_queue_counts_its_tasks", "the_throttle_holds", "waiting_tasks_are_in_state_waiting_retry",
+    "what_a_worker_owes_is_bounded_in_time", "what_runs_alone_is_alone", "workers_hold_tasks_in_their_states",
+})
+
+
+def is_well(core: Scheduler) -> bool:
+    """Do all rules hold?"""
+    return _pool_is_well(core) and _crew_is_well(core) and _tasks_are_well(core)
+
+
+def _pool_is_well(core: Scheduler) -> bool:
+    settings, counters, breaker, alone = core.settings, core.counters, core.breaker, core.alone
+    resolved = counters.completed + counters.failed + counters.cancelled
+    if counters.submitted != core.unresolved + resolved:
+        return False
+    if core.live - core.leaving > settings.max_workers or len(core.workers) > 2 * settings.max_workers:
+        return False
+    if core.active > settings.concurrency:
+        return False
+    if alone is not None and (
+        not alone.is_alone or core.active > 1 or (alone.state is not _RUNNING and alone.state is not _STOPPING)
+    ):
+        return False
+    state = breaker.state
+    if (state is _CLOSED) is not (breaker.reason == "") or breaker.changes:
+        return False
+    if breaker.holds and (state is _CLOSED or state is _HALF_OPEN):
+        return False
+    if core.broken is not None and core.doom is None:
+        return False
+    if core.doom is not None and (core.queue or core.isolated or core.waiting):
+        return False
+    if core.is_closed and (
+        core.unresolved or core.workers or not core.is_closing or core.next_deadline() is not None
+    ):
+        return False
+    return not (
+        core.queue and core.idle and core.active < core.concurrency
+        and not core._is_dirty and not core._hungry and not core._is_reserved()
+    )
+
+
+def _crew_is_well(core: Scheduler) -> bool:
+    idle, checking = core.idle, core.checking
+    has_doom, idle_timeout = core.doom is not None, core.settings.idle_timeout
+    live = starting = active = idling = in_check = probes = rss = leaving = 0
+    for worker in core.workers.values():
+        state, running, timer = worker.state, worker.running, worker.state_timer
+        rss += worker.rss_bytes
+        if running is not None:
+            active += 1
+        if state is _BUSY:
+            live += 1
+            if running is None:
+                return False
+        elif running is not None and state is not _KILLED:
+            return False
+        elif state is _IDLE:
+            live += 1
+            idling += 1
+            if worker.id not in idle or (idle_timeout and (timer is None or timer.handler is None)):
+                return False
+        else:
+            if timer is None or timer.handler is None:
+                return False
+            if state is _STARTING:
+                live += 1
+                starting += 1
+            elif state is _CHECKING:
+                live += 1
+                in_check += 1
+                if worker.id not in checking:
+                    return False
+            elif state is _GONE:
+                return False
+        if not _worker_is_well(worker, state, running):
+            return False
+        if has_doom and state is not _KILLED and state is not _RETIRING:
+            return False
+        probes += worker.is_probe
+        leaving += worker.is_leaving
+    if len(idle) > 1:
+        since = [worker.idle_since for worker in idle.values()]
+        if since != sorted(since):
+            return False
+    return (
+        live == core.live and starting == core.starting and active == core.active and rss == core.pool_bytes
+        and leaving == core.leaving and idling == len(idle) and in_check == len(checking)
+        and probes <= 1 and bool(probes) is core.breaker.is_probing
+    )
+
+
+def _worker_is_well(worker: WorkerRecord, state: WorkerState, running: TaskRecord | None) -> bool:
+    backlog, limit, timer = worker.backlog, worker.task_limit, worker.backlog_timer
+    if backlog and running is None:
+        return False
+    if timer is not None and timer.handler is None:
+        return False
+    if limit is not None and worker.tasks_done + len(backlog) + (running is not None) > limit:
+        return False
+    if state is not _STARTING and state is not _KILLED:
+        return worker.baseline_bytes is not None and not worker.is_probe
+    return True
+
+
+def _tasks_are_well(core: Scheduler) -> bool:
+    seen: set[int] = set()
+    places = 0
+    for worker in core.workers.values():
+        task = worker.running
+        if task is None:
+            continue
+        places += 1
+        seen.add(task.id)
+        if task.worker is not worker or task.attempts <= 0 or task.first_started_at is None:
+            return False
+        state, timer = task.state, task.timer
+        if state is _RUNNING:
+            if task.stop is not None or (timer is not None and timer.handler is not None) is not (
+                task.spec.timeout is not None
+            ):
+                return False
+        elif state is not _STOPPING or task.stop is None or (
+            (timer is None or timer.handler is None) and worker.state is not _KILLED
+        ):
+            return False
+        for task in worker.backlog:
+            places += 1
+            seen.add(task.id)
+            if task.state is not _ASSIGNED or task.worker is not worker or not _waits_well(task, None):
+                return False
+    if not _queued_is_well(core, seen):
+        return False
+    places += len(core.queue) + len(core.isolated) + len(core.waiting)
+    return places == core.unresolved == len(seen)
+
+
+def _queued_is_well(core: Scheduler, seen: set[int]) -> bool:
+    """The queues and those who wait for a retry; adds their ids."""
+    pending = found = 0
+    for task in core.queue:
+        found += 1
+        seen.add(task.id)
+        timer = task.timer
+        # `_waits_well` written out: of all places this is where most tasks are.
+        if (
+            task.state is not _QUEUED or task.worker is not None or task.is_isolated or task.stop is not None
+            or (timer is not None and timer.handler is not None) is (task.spec.queue_timeout is None)
+        ):
+            return False
+        if task.is_returned:
+            if task.attempts < 0 or (task.attempts == 0) is not (task.first_started_at is None):
+                return False
+        else:
+            pending += 1
+            if task.attempts or task.first_started_at is not None:
+                return False
+    most = core.settings.max_pending
+    if found != len(core.queue) or (most is not None and pending > most):
+        return False
+    for task in core.isolated:
+        seen.add(task.id)
+        if not task.is_isolated or task.state is not _QUEUED or task.worker is not None:
+            return False
+        if not _waits_well(task, task.spec.queue_timeout):
+            return False
+    for task in core.waiting.values():
+        seen.add(task.id)
+        if task.state is not _WAITING_RETRY or task.worker is not None or not _waits_well(task, 0.0):
+            return False
+    return True
+
+
+def _waits_well(task: TaskRecord, limit: float | None) -> bool:
+    """It does not run: no cause to stop, attempts only where one began, a timer exactly where there is a limit."""
+    timer = task.timer
+    return (
+        task.stop is None
+        and task.attempts >= 0
+        and (task.attempts == 0) is (task.first_started_at is None)
+        and (timer is not None and timer.handler is not None) is (limit is not None)
+    )
