@@ -4,17 +4,21 @@
 #   VENV=folder                  another environment than .venv
 #   OUT=folder                   where the demo writes the tests that it generates
 #   PYTEST_ARGS="-x -k name"     handed to pytest
+#   QUICK=1                      a short run of the benchmark, which leaves docs/benchmarks.md alone
+#   BENCH_ARGS="--cases noop"    handed to the benchmark
 
 VENV ?= .venv
 OUT ?= generated-tests
 PYTEST_ARGS ?=
+QUICK ?=
+BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup lint types core coverage conformance core313 conformance313 python313 clean
+.PHONY: help demo test setup lint types core coverage bench conformance core313 conformance313 python313 clean
 
 # Prints the first interpreter of the versions $(1) that runs and can make an environment. A name on PATH proves nothing:
 # pyenv's shims exist for versions that are not selected, and Debian's python3 comes without venv.
@@ -49,19 +53,24 @@ $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
 	@$(PIP) install --editable '.[all]'
 	@touch $@
 
+$(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
+	@echo "installing agentpool, other pools and what plots need into $(VENV)"
+	@$(PIP) install --editable '.[bench]'
+	@touch $@
+
 demo: $(VENV)/.installed-all ## three real agents review the installed tenacity package
 	$(BIN)/agentpool orchestrate "Review this code" \
 	  --path "$$($(BIN)/python -c 'import os, tenacity; print(os.path.dirname(tenacity.__file__))')" --out "$(OUT)"
 
-test: $(VENV)/.installed-test ## the whole suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.installed-test ## the whole suite, two files at a time
+	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),-n 2 --dist loadfile)
 
 setup: $(VENV)/.installed-test ## make the environment, with what the tests need
 
 lint: $(VENV)/.installed-test ## ruff
 	$(BIN)/ruff check .
 
-types: $(VENV)/.installed-test ## mypy, strict, both packages
+types: $(VENV)/.installed-test ## mypy, strict, both packages and stress
 	$(BIN)/mypy
 
 core: $(VENV)/.installed-test ## the tests that start no process
@@ -69,6 +78,12 @@ core: $(VENV)/.installed-test ## the tests that start no process
 
 coverage: $(VENV)/.installed-test ## branch coverage of the core by those tests
 	$(BIN)/python -m pytest tests/unit tests/property --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
+# What it measured is kept in stress/out; a quick run writes its page there too.
+bench: $(VENV)/.installed-bench ## agentpool beside other pools: docs/benchmarks.md (about 25 minutes; QUICK=1: 2)
+	@rm -f stress/out/bench.json
+	$(BIN)/python -m stress.bench --json stress/out/bench.json $(if $(QUICK),--quick) \
+	  --write $(if $(QUICK),stress/out,docs)/benchmarks.md $(BENCH_ARGS)
 
 conformance: $(VENV)/.installed-test ## CPython's own executor tests, where this interpreter or AGENTPOOL_CPYTHON_SUITE has them
 	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)
