@@ -157,7 +157,7 @@ class _Submitting(Executor):
         else:
             futures = (self.submit(protocol.run_chunk, fn, columns) for columns in _columns(iterables, chunksize))
         waiting = deque(futures if buffersize is None else itertools.islice(futures, buffersize))
-        results = _results_in_order(waiting, futures if buffersize is not None else iter(()), deadline)
+        results = _results_in_order(waiting, futures if buffersize is not None else None, deadline)
         return results if chunksize == 1 else itertools.chain.from_iterable(results)
 
 
@@ -174,7 +174,7 @@ def _columns(iterables: tuple[Iterable[Any], ...], length: int) -> Iterator[Sequ
 
 
 def _results_in_order(
-    waiting: deque[Future[Any]], more: Iterator[Future[Any]], deadline: float | None
+    waiting: deque[Future[Any]], more: Iterator[Future[Any]] | None, deadline: float | None
 ) -> Iterator[Any]:
     try:
         while waiting:
@@ -184,10 +184,11 @@ def _results_in_order(
             future.cancel()
 
 
-def _next_result(waiting: deque[Future[Any]], more: Iterator[Future[Any]], deadline: float | None) -> Any:
+def _next_result(waiting: deque[Future[Any]], more: Iterator[Future[Any]] | None, deadline: float | None) -> Any:
     value = waiting[0].result(None if deadline is None else deadline - time.monotonic())
     waiting.popleft()  # only now: a call that failed or timed out is among those to cancel
-    waiting.extend(itertools.islice(more, 1))
+    if more is not None:
+        waiting.extend(itertools.islice(more, 1))
     return value
 
 

@@ -333,8 +333,8 @@ def _pickle_error(error: BaseException) -> tuple[bytes | None, str]:
     """The exception's pickle, tried out: one whose constructor cannot be replayed would fail only in the parent."""
     trace, cause, about = error.__traceback__, error.__cause__, error.__context__
     try:
-        if type(error).__module__ == "builtins" and protocol.is_simple(error.args) and not error.__dict__:
-            return pickle.dumps(error, 5), ""  # cloudpickle would have to be imported first, for 10 ms
+        if _is_plain(error):
+            return pickle.dumps(error, 5), ""  # cloudpickle would do the same, and have to be imported first, for 10 ms
         import cloudpickle
 
         pickled = cloudpickle.dumps(error)
@@ -344,6 +344,12 @@ def _pickle_error(error: BaseException) -> tuple[bytes | None, str]:
         return None, f"{type(failure).__name__}: {failure}"
     finally:
         error.__traceback__, error.__cause__, error.__context__ = trace, cause, about
+
+
+def _is_plain(error: BaseException) -> bool:
+    """Is it of a class that the parent has as well, and what it holds of simple types?"""
+    own = error.__class__.__module__ in ("builtins", "agentpool_worker.context")
+    return own and protocol.is_simple(error.args) and not error.__dict__
 
 
 def _flush_streams() -> None:
