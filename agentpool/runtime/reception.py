@@ -137,7 +137,7 @@ class Reception:
             error = outcomes.decode_error(frame)
             self._events.append(lambda now: self._finished(now, link, frame, False, error))
         elif kind == protocol.READY:
-            baseline = link.baseline_bytes(frame.task_id, frame.x * 1024)
+            baseline = link.baseline_bytes(frame.task_id, frame.x * 1024, is_alone=not frame.flags)
             self._events.append(lambda now: core.worker_ready(now, worker, frame.task_id, baseline))
         elif kind == protocol.SKIPPED:
             self._events.append(lambda now: self._skipped(now, link, frame))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import _pickle as pickle
 import _signal as signal  # type: ignore[import-not-found]
+import _thread
 import contextlib
 import gc
 import os
@@ -103,10 +104,13 @@ def _agents_set_up() -> int:
 
 def _rss_kib() -> int:
     try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * _PAGE_KIB
-    except OSError:  # no procfs: the parent measures from outside
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no procfs, or no descriptor: the parent measures from outside
         return 0
+    try:
+        return int(os.read(descriptor, 128).split()[1]) * _PAGE_KIB
+    finally:
+        os.close(descriptor)
 
 
 class Worker:
@@ -127,6 +131,7 @@ class Worker:
         self._interruptible = 0  # id of the task whose code runs now; 0: none
         self._stop_wanted = 0  # id of the task that is to stop
         self._cancelled = threading.Event()
+        self._has_initializer = False
         # An uncontended lock is a full memory barrier on every platform that CPython supports, see _began().
         self._barrier = threading.Lock()
 
@@ -145,7 +150,8 @@ class Worker:
                 elif frame.kind == protocol.INIT:
                     if not self._initialize(frame):
                         return
-                    self._link.write(encode(protocol.READY, os.getpid(), x=_rss_kib()))
+                    flags = int(self._has_initializer)
+                    self._link.write(encode(protocol.READY, os.getpid(), flags=flags, x=_rss_kib()))
                 elif frame.kind == protocol.COLLECT:
                     gc.collect()
                     self._link.write(encode(protocol.COLLECTED, x=_rss_kib()))
@@ -158,6 +164,7 @@ class Worker:
         try:
             initializer, initargs = protocol.loads(frame.payload, buffers=frame.buffers)
             if initializer is not None:
+                self._has_initializer = True
                 initializer(*initargs)
         except BaseException as error:
             _flush_streams()
@@ -392,12 +399,8 @@ def serve(worker_id: int, calls: int, results: int, control: int, report: int) -
     os.register_at_fork(after_in_child=lambda: link.abandon(control))
     worker = Worker(worker_id, link, page)
     signal.signal(signal.SIGINT, worker.on_stop_signal)
-    threading.Thread(
-        target=_control_loop,
-        args=(worker, control, report, threading.get_ident()),
-        name="agentpool-control",
-        daemon=True,
-    ).start()
+    # Not a `threading.Thread`: that waits until it runs, and whoever asks for a task's threads need not see it.
+    _thread.start_new_thread(_control_loop, (worker, control, report, threading.get_ident()))
     worker.run()
 
 

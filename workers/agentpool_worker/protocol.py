@@ -48,7 +48,8 @@ INIT: Final = 2
 COLLECT: Final = 3
 # Parent to worker, on the control pipe. Flag 1 of STOP: note the stack first.
 STOP: Final = 8
-# Worker to parent. x, y, z of VALUE and of the errors: run time in microseconds, RSS and peak RSS in KiB (0: not read).
+# Worker to parent. Flag 1 of READY: an initializer ran. x, y, z of VALUE and of the errors: run time in microseconds,
+# RSS and peak RSS in KiB (0: not read).
 READY: Final = 16
 VALUE: Final = 17
 ERROR: Final = 18
