@@ -204,6 +204,22 @@ class Attempts(Upkeep):
         else:
             self._requeue_unbegun([task])
 
+    def _backlog_lost(self, now: float, tasks: list[TaskRecord], worker: WorkerRecord, exit_: WorkerExit) -> None:
+        """Those that never began run again. What did, while its worker was not believed any more, is lost."""
+        self._requeue_unbegun([task for task in tasks if task.id not in exit_.begun])
+        for task in tasks:
+            if task.id not in exit_.begun:
+                continue
+            self._move_task(task, _RUNNING)
+            task.attempts += 1
+            task.started_at = now
+            task.first_started_at = now if task.first_started_at is None else task.first_started_at
+            if self.doom is not None:
+                self._resolve(task, False, failures.fresh(self.doom))
+            else:
+                self.counters.crashed += 1
+                self._attempt_ended(now, task, False, failures.crashed(task, worker, exit_))
+
     def _task_lost(self, now: float, task: TaskRecord, worker: WorkerRecord, exit_: WorkerExit) -> None:
         """The worker died with this task at its head. Whoever ordered that, or the keeper, is to blame before it."""
         is_blameless = exit_.keeper_lost or bool(worker.reason)

@@ -116,8 +116,8 @@ class Crew(ABC):
         """The worker is gone, and this task was at its head."""
 
     @abstractmethod
-    def _requeue_unbegun(self, tasks: list[TaskRecord]) -> None:
-        """Tasks that were sent and never began."""
+    def _backlog_lost(self, now: float, tasks: list[TaskRecord], worker: WorkerRecord, exit_: WorkerExit) -> None:
+        """The worker is gone, and these tasks waited in it behind the one at its head."""
 
     @abstractmethod
     def _stop_task(self, now: float, task: TaskRecord, cause: StopCause, *, ask: bool) -> None:
@@ -323,7 +323,7 @@ class Crew(ABC):
         worker.is_probe = False
         if backlog:
             worker.backlog.clear()
-            self._requeue_unbegun(backlog)
+            self._backlog_lost(now, backlog, worker, exit_)
         if task is not None:
             worker.running = None
             self.active -= 1

@@ -190,11 +190,13 @@ class WorkerExit:
     """How a worker ended, as far as it is known. `exit_code` is negative for a signal, None where nobody could tell.
 
     `began` says whether the task at its head had begun: the worker notes that in shared memory before it
-    touches the call. `story` is a fault report that the dying interpreter wrote, `stderr_tail` its last words.
+    touches the call. `begun`: ids of the tasks behind it that had begun as well, which happens only where its results
+    could not be believed. `story` is a fault report that the dying interpreter wrote, `stderr_tail` its last words.
     """
 
     exit_code: int | None
     began: bool = True
+    begun: frozenset[int] = frozenset()
     stderr_tail: str = ""
     story: str = ""
     keeper_lost: bool = False

@@ -112,6 +112,7 @@ class Link:
         return WorkerExit(
             exit_code=self.exit_code,
             began=head is not None and self.channel.began(head.id),
+            begun=frozenset(task.id for task in self.worker.backlog if self.channel.began(task.id)),
             stderr_tail=self.channel.stderr_tail.decode(errors="replace"),
             story=self.channel.report(),
             keeper_lost=keeper_lost,

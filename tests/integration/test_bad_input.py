@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -860,6 +861,35 @@ def test_a_forged_result_of_another_task_ends_the_forger(make_pool: MakePool, tm
     assert not other.done()
     (tmp_path / "go").touch()
     assert other.result(LONG) == "own result"
+
+
+def test_what_began_beside_garbage_is_not_run_again(make_pool: MakePool, tmp_path: Path) -> None:
+    """Short calls travel together: some had begun in the worker whose results are not believed any more."""
+    pool = make_pool(max_workers=2)
+    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.close(log)
+
+    def note(path: Path, number: int, is_liar: bool) -> int:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.write(descriptor, b"%d\n" % number)
+        os.close(descriptor)
+        if is_liar:
+            for target in protocol_descriptors():
+                with contextlib.suppress(OSError):
+                    os.write(target, b"garbage")
+        return number
+
+    futures = [pool.submit(note, tmp_path / "log", number, number % 500 == 250) for number in range(3000)]
+    lost = 0
+    for number, future in enumerate(futures):
+        error = future.exception(LONG)
+        assert error is None or isinstance(error, WorkerCrashedError), error
+        assert error is not None or future.result() == number
+        lost += error is not None
+    assert lost >= 6, "the liars at least"
+    ran = Counter(map(int, (tmp_path / "log").read_text().split()))
+    assert set(ran.values()) == {1}
+    assert {number for number, future in enumerate(futures) if future.exception() is None} <= ran.keys()
 
 
 @pytest.mark.parametrize("end", ["returns", "raises", "exits"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tenacity
 
@@ -260,6 +262,49 @@ class TestCrashes:
         bench.advance(0.0)
         bench.exit(worker, -9, began=False)
         assert (task.attempts, task.first_started_at) == (1, 0.0)
+
+
+class TestBacklogLost:
+    """Found by the simulator: what had begun in a worker whose results were not believed any more ran once again."""
+
+    def lost(self, make_bench, **spec: Any) -> Any:
+        bench = make_bench(max_workers=1)
+        _, worker = bench.started(call_key="f", **spec)
+        for _ in range(20):
+            bench.submit(call_key="f", **spec)
+        while len(worker.backlog) < 3:
+            bench.finish(worker.running, seconds=0.0001)
+        head, begun, waiting = worker.running, worker.backlog[0], worker.backlog[1]
+        bench.exit(worker, begun=frozenset({begun.id}))
+        return bench, head, begun, waiting
+
+    def test_what_began_is_not_run_again_and_the_rest_is(self, make_bench) -> None:
+        bench, head, begun, waiting = self.lost(make_bench)
+        for task in (head, begun):
+            is_value, error = bench.outcomes[task.id]
+            assert not is_value
+            assert isinstance(error, WorkerCrashedError)
+            assert task.attempts == 1
+        assert (begun.kills, waiting.attempts) == (0, 0)
+        respawn(bench)
+        assert waiting.state in (TaskState.RUNNING, TaskState.ASSIGNED)
+
+    def test_it_is_where_that_is_allowed(self, make_bench) -> None:
+        bench, _, begun, _ = self.lost(make_bench, policy=compile_policy(2))
+        assert begun.id not in bench.outcomes
+        assert begun.state is TaskState.WAITING_RETRY
+
+    def test_when_the_pool_is_stopped_it_ends_with_the_others(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        _, worker = bench.started(call_key="f", policy=compile_policy(3))
+        for _ in range(20):
+            bench.submit(call_key="f", policy=compile_policy(3))
+        while len(worker.backlog) < 3:
+            bench.finish(worker.running, seconds=0.0001)
+        begun = worker.backlog[0]
+        bench.core.stop_all(bench.now, TaskKilledError("stopped"))
+        bench.exit(worker, begun=frozenset({begun.id}))
+        assert isinstance(bench.outcomes[begun.id][1], TaskKilledError)
 
 
 class TestTimeouts:
