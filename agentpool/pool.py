@@ -100,6 +100,15 @@ class _Submitting(Executor):
         future.set_exception(error)
         return future
 
+    def _submit_chunk(self, fn: Callable[..., Any], columns: Sequence[Sequence[Any]]) -> AgentFuture[Any]:
+        """Several calls as one task. Without cloudpickle where plain pickle is known to do, as in `_serialize`."""
+        if type(fn) is FunctionType and all(map(protocol.is_flat, columns)):
+            reference = _references.get(fn) or _make_reference(fn)
+            if reference and not _is_sent_by_value(fn.__module__):
+                payload = protocol.call_by_name(_CHUNK, (fn, columns), {})
+                return self._accept(payload, (), self._spec, protocol.run_chunk.__code__)
+        return self.submit(protocol.run_chunk, fn, columns)
+
     def submit_agent(self, kind: str | type, prompt: str, /, **kwargs: Any) -> AgentFuture[Any]:
         """Run an agent: `kind(...).run(prompt, **kwargs)` in a worker that keeps the instance for the next task.
 
@@ -155,10 +164,14 @@ class _Submitting(Executor):
             calls = zip(*iterables, strict=False)
             futures: Iterator[Future[Any]] = (self.submit(fn, *arguments) for arguments in calls)
         else:
-            futures = (self.submit(protocol.run_chunk, fn, columns) for columns in _columns(iterables, chunksize))
+            futures = (self._submit_chunk(fn, columns) for columns in _columns(iterables, chunksize))
         waiting = deque(futures if buffersize is None else itertools.islice(futures, buffersize))
         results = _results_in_order(waiting, futures if buffersize is not None else None, deadline)
         return results if chunksize == 1 else itertools.chain.from_iterable(results)
+
+
+#: Stands for `run_chunk` in calls.
+_CHUNK: Final = protocol.reference(protocol.run_chunk)
 
 
 def _columns(iterables: tuple[Iterable[Any], ...], length: int) -> Iterator[Sequence[Sequence[Any]]]:

@@ -580,3 +580,13 @@ def test_only_calls_without_buffers_are_streams() -> None:
     streaming = Streaming(value + buffered)
     assert [type(frame.payload) for frame in streaming.frames()] == [memoryview, memoryview]
     streaming.close()
+
+
+def test_a_long_list_of_plain_results_needs_no_cloudpickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cloudpickle", raising=False)
+    for values in ([None] * 100, [1, "a", b"b", 2.5, True] * 20):
+        payload, buffers = protocol.dumps(values)
+        assert (pickle.loads(payload), tuple(buffers)) == (values, ())
+    assert "cloudpickle" not in sys.modules
+    assert not protocol.is_flat([1, [2]])
+    assert not protocol.is_flat([IntSubclass(3)])
