@@ -6,19 +6,21 @@
 #   PYTEST_ARGS="-x -k name"     handed to pytest
 #   QUICK=1                      a short run of the benchmark, which leaves docs/benchmarks.md alone
 #   BENCH_ARGS="--cases noop"    handed to the benchmark
+#   STRESS_ARGS="--seed 7"       handed to the stress run
 
 VENV ?= .venv
 OUT ?= generated-tests
 PYTEST_ARGS ?=
 QUICK ?=
 BENCH_ARGS ?=
+STRESS_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup lint types core coverage bench conformance core313 conformance313 python313 clean
+.PHONY: help demo test setup lint types core coverage bench stress conformance core313 conformance313 python313 clean
 
 # Prints the first interpreter of the versions $(1) that runs and can make an environment. A name on PATH proves nothing:
 # pyenv's shims exist for versions that are not selected, and Debian's python3 comes without venv.
@@ -79,11 +81,19 @@ core: $(VENV)/.installed-test ## the tests that start no process
 coverage: $(VENV)/.installed-test ## branch coverage of the core by those tests
 	$(BIN)/python -m pytest tests/unit tests/property --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
+$(VENV)/.installed-stress: pyproject.toml | $(BIN)/python
+	@echo "installing agentpool, its command line, other pools and what plots need into $(VENV)"
+	@$(PIP) install --editable '.[stress]'
+	@touch $@
+
 # What it measured is kept in stress/out; a quick run writes its page there too.
 bench: $(VENV)/.installed-bench ## agentpool beside other pools: docs/benchmarks.md (about 25 minutes; QUICK=1: 2)
 	@rm -f stress/out/bench.json
 	$(BIN)/python -m stress.bench --json stress/out/bench.json $(if $(QUICK),--quick) \
 	  --write $(if $(QUICK),stress/out,docs)/benchmarks.md $(BENCH_ARGS)
+
+stress: $(VENV)/.installed-stress ## every stress scenario briefly, with faults: stress/out/REPORT.md (about 2 minutes)
+	$(BIN)/python -m stress run all --brief $(STRESS_ARGS)
 
 conformance: $(VENV)/.installed-test ## CPython's own executor tests, where this interpreter or AGENTPOOL_CPYTHON_SUITE has them
 	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stress import simulate
+from stress import run, simulate
 
 EXAMPLES = """\
 subcommands:
+  run        scenarios with real processes (python -m stress run --help)
   simulate   schedules of faults on an imaginary machine, in virtual time (python -m stress simulate --help)
 
 see also: python -m stress.bench --help
@@ -20,7 +21,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stress", description="Tries to break agentpool.", epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for module in (simulate,):
+    for module in (run, simulate):
         module.add_to(subcommands)
     options = parser.parse_args(words)
     code: int = options.run(options)

@@ -39,7 +39,10 @@ def note(ticket: Ticket, event: str) -> None:
     path, _, number = ticket
     fd = _journals.get(path)
     if fd is None:
-        fd = _journals[path] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = _journals.setdefault(path, opened)
+        if fd != opened:  # another thread was quicker: an executor with threads for workers
+            os.close(opened)
     os.write(fd, f"{event} {number} {os.getpid()} {time.monotonic():.6f}\n".encode())
 
 
@@ -131,9 +134,11 @@ def die(ticket: Ticket, how: str) -> int:
     elif how.startswith("exit-"):
         os._exit(int(how[5:]))
     elif how == "after-result":
-        # The process ends while its result is on the way, or has arrived: either is right.
+        # The process ends while its result is on the way, or has arrived: either is right. What it runs next is lost
+        # with it, which the journal must know.
         import threading
 
+        note(ticket, "doomed")
         threading.Timer(0.0005, os._exit, (9,)).start()
         return right_value(ticket[1], ticket[2])
     os._exit(1)
