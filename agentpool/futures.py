@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
-from concurrent.futures._base import FINISHED, PENDING
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING  # no public names
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -29,9 +29,8 @@ T = TypeVar("T")
 
 log = logging.getLogger("agentpool")
 
-# The states of concurrent.futures._base, which has no public names for them.
-_CANCELLED = frozenset({"CANCELLED", "CANCELLED_AND_NOTIFIED"})
-_OVER = _CANCELLED | {"FINISHED"}
+_CANCELLED = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED})
+_OVER = _CANCELLED | {FINISHED}
 
 _STATES = {
     TaskState.QUEUED: "queued",

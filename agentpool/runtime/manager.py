@@ -47,9 +47,9 @@ __all__ = ["Call", "Manager"]
 
 log = logging.getLogger("agentpool")
 
-#: How long the manager waits for room in its own standard error before it tries again, in seconds.
 #: Why a pool ended by itself.
 _TORN: Final = "an exception of a signal handler (Ctrl-C) came in the middle of a call of the pool; make a new one"
+#: How long the manager waits for room in its own standard error before it tries again, in seconds.
 _STDERR_RETRY: Final = 0.05
 
 

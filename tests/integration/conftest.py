@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
+
+from agentpool import AgentPool
 
 
 @pytest.fixture(autouse=True)
 def _closed_by_a_leak_check(no_leaks: None) -> None:
     """First to be set up and so the last to be torn down: it sees what is left when all else is gone."""
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., AgentPool]]:
+    """Makes pools that a failed test does not leave behind, whatever they are busy with."""
+    pools: list[AgentPool] = []
+
+    def make(*args: Any, **settings: Any) -> AgentPool:
+        settings.setdefault("cpu_threshold_percent", 100)  # other work on this machine must not degrade a pool
+        pools.append(AgentPool(*args, **settings))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.kill_workers()
+    pools.clear()  # a traceback may hold this frame

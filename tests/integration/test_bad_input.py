@@ -51,20 +51,6 @@ MB = 1024 * 1024
 
 
 @pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    """Makes pools that a failed test does not leave behind, whatever they are busy with."""
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **kwargs: Any) -> AgentPool:
-        pools.append(AgentPool(*args, **kwargs))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
-
-
-@pytest.fixture
 def pool(make_pool: MakePool) -> Iterator[AgentPool]:
     """Whatever happened in it, it works afterwards."""
     pool = make_pool(max_workers=1)

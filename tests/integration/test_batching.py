@@ -12,10 +12,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
-from typing import Any
 
 import cloudpickle
 import pytest
@@ -29,20 +28,6 @@ WaitUntil = Callable[..., None]
 IsAlive = Callable[[int], bool]
 MakePool = Callable[..., AgentPool]
 LONG = 60.0
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    """Makes pools that a failed test does not leave behind, whatever they are busy with."""
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **kwargs: Any) -> AgentPool:
-        pools.append(AgentPool(*args, **kwargs))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
 
 
 class Tasks:

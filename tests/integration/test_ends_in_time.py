@@ -15,7 +15,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,6 @@ null = os.open(os.devnull, os.O_RDWR)
 for descriptor in 0, 1, 2: os.dup2(null, descriptor)
 time.sleep(600)
 """
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **settings: Any) -> AgentPool:
-        settings.setdefault("cpu_threshold_percent", 100)  # other work on this machine must not degrade a pool
-        pools.append(AgentPool(*args, **settings))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
 
 
 def seconds_until(condition: Callable[[], object], what: str, wait_until: WaitUntil) -> float:

@@ -34,20 +34,6 @@ LONG = 30.0
 
 
 @pytest.fixture
-def make_pool() -> Iterator[Callable[..., AgentPool]]:
-    """Makes pools that a failed test does not leave behind, whatever they are busy with."""
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **kwargs: Any) -> AgentPool:
-        pools.append(AgentPool(*args, **kwargs))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
-
-
-@pytest.fixture
 def pool(make_pool: Callable[..., AgentPool]) -> AgentPool:
     return make_pool(max_workers=2)
 

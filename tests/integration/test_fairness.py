@@ -12,10 +12,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
-from typing import Any
 
 import cloudpickle
 import pytest
@@ -29,20 +28,6 @@ WaitUntil = Callable[..., None]
 MakePool = Callable[..., AgentPool]
 LONG = 60.0
 MB = 1024 * 1024
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    """Makes pools that a failed test does not leave behind, whatever they are busy with."""
-    pools: list[AgentPool] = []
-
-    def make(**settings: Any) -> AgentPool:
-        pools.append(AgentPool(**settings))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
 
 
 def work(gate: str = "", spin_seconds: float = 0.0) -> tuple[float, int]:

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -42,20 +42,6 @@ IsAlive = Callable[[int], bool]
 MakePool = Callable[..., AgentPool]
 LONG = 30.0
 MB = 1024 * 1024
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    """Makes pools that a failed test does not leave behind, whatever they are busy with."""
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **kwargs: Any) -> AgentPool:
-        pools.append(AgentPool(*args, **kwargs))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,6 @@ WaitUntil = Callable[..., None]
 IsAlive = Callable[[int], bool]
 MakePool = Callable[..., AgentPool]
 LONG = 60.0
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    """Makes pools that a failed test does not leave behind, whatever they are busy with."""
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **kwargs: Any) -> AgentPool:
-        pools.append(AgentPool(*args, **kwargs))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
-    pools.clear()
 
 
 def run(source: str, how: str, folder: Path, *options: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,20 +39,6 @@ WaitUntil = Callable[..., None]
 MakePool = Callable[..., AgentPool]
 LONG = 30.0
 MB = 1024 * 1024
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    """Makes pools that a failed test does not leave behind, whatever they are busy with."""
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **kwargs: Any) -> AgentPool:
-        pools.append(AgentPool(*args, **kwargs))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cloudpickle
 import psutil
@@ -50,20 +49,6 @@ def limit(count):
 signal.signal(signal.SIGUSR1, lambda *_: limit(0))
 signal.signal(signal.SIGUSR2, lambda *_: limit(hard))
 """
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **settings: Any) -> AgentPool:
-        settings.setdefault("cpu_threshold_percent", 100)  # other work on this machine must not degrade a pool
-        pools.append(AgentPool(*args, **settings))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
 
 
 @pytest.fixture

@@ -32,20 +32,6 @@ CLOEXEC = 0o2000000  # as /proc/<pid>/fdinfo writes it
 each_method = pytest.mark.parametrize("method", ["fork", "spawn"])
 
 
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **settings: Any) -> AgentPool:
-        settings.setdefault("cpu_threshold_percent", 100)  # other work on this machine must not degrade a pool
-        pools.append(AgentPool(*args, **settings))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.kill_workers()
-
-
 # what runs in the workers
 
 

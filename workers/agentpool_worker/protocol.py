@@ -108,6 +108,7 @@ else:
 #: Frame(...) without its __new__, which takes twice as long.
 _new: Final[Callable[..., Frame]] = tuple.__new__
 
+
 def encode(
     kind: int,
     task_id: int = 0,
