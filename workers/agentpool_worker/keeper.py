@@ -98,6 +98,7 @@ class Keeper:
             events = poll.poll(_LATER if self._is_lean and self._workers else None)
             if not events and self._is_lean:
                 self._import_more()
+                _freeze()
             for descriptor, _ in events:
                 if descriptor == self._wake_read:
                     os.read(self._wake_read, 4096)
@@ -152,15 +153,15 @@ class Keeper:
         if setup["preload"]:
             self._import_more()
             self._preload()
-        gc.freeze()  # a collection in a child would write to, and so copy, every shared page
+            _freeze()
+        else:
+            gc.freeze()  # there is next to no garbage yet, and somebody waits
 
     def _import_more(self) -> None:
         """What workers need for calls that are sent by value, so that those to come share it."""
         import agentpool_worker.byvalue  # noqa: F401
 
         self._is_lean = False
-        gc.collect()
-        gc.freeze()
 
     def _preload(self) -> None:
         """Import what the user named. What fails is tried again with the next start: it may have been mended."""
@@ -174,8 +175,6 @@ class Keeper:
 
             self._preload_failure = f"a module to preload cannot be imported:\n{traceback.format_exc()}"
             importlib.invalidate_caches()
-        gc.collect()
-        gc.freeze()
 
     def _tell(self, message: tuple[str, int, int | str], descriptor: int | None = None) -> None:
         data = marshal.dumps(message)
@@ -193,6 +192,7 @@ class Keeper:
     def _spawn(self, worker_id: int, descriptors: list[int]) -> None:
         if self._preload_failure:
             self._preload()
+            _freeze()
         if self._preload_failure:
             self._tell(("failed", worker_id, self._preload_failure))
         else:
@@ -309,6 +309,12 @@ class Keeper:
                 os._exit(0)
             self._workers.pop(pid, None)
             pids = set(_children()) | set(self._workers)
+
+
+def _freeze() -> None:
+    """A collection in a forked child would write to, and so copy, every page that it shares."""
+    gc.collect()
+    gc.freeze()
 
 
 def _print_error() -> None:
