@@ -1,7 +1,8 @@
 """The directory in which a run keeps the output of its jobs until it has been shown.
 
-It is removed when the run ends. A run that was killed cannot do that; the next one does it: a directory is locked by
-the run that made it, and the lock ends with its process.
+It is removed when the run ends. A run that was killed cannot do that; a later one does it: a directory is locked by
+the run that made it, and the lock ends with its process. An empty directory without a lock may also be one that is
+being made at this moment; after a minute it is not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Final
 __all__ = ["scratch_directory"]
 
 _PREFIX: Final = "agentpool-run-"
+#: Seconds in which a directory that was made is locked, however busy the machine.
+_MADE_WITHIN: Final = 60.0
 
 
 @contextmanager
@@ -41,8 +45,8 @@ def _remove_abandoned(parent: Path) -> None:
         except OSError:  # another user's, or just removed
             continue
         try:
-            # A directory without anything in it may be one that is being made, and not locked yet.
-            if os.fstat(lock).st_uid == os.getuid() and os.listdir(lock):
+            found = os.fstat(lock)
+            if found.st_uid == os.getuid() and (os.listdir(lock) or time.time() - found.st_mtime > _MADE_WITHIN):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:  # its run goes on

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from stress import procs
@@ -49,6 +48,7 @@ def play(run: Run) -> None:
             break
         jobs.count()
     jobs.settle()
+    jobs.clear_up()
 
 
 class _Jobs:
@@ -122,17 +122,21 @@ class _Jobs:
                 future.set_exception(RuntimeError(f"job {number} is not in the job log"))
         again = sum(count > 1 for count in began.values())
         self._run.facts |= {"times the parent was killed": self.kills,
-                            "jobs that a kill cut short and that ran again": again,
-                            "empty folders that killed runs left": self._remove_empty()}
+                            "jobs that a kill cut short and that ran again": again}
 
-    def _remove_empty(self) -> int:
-        """A run that was killed cannot remove its folder. The next one does, where there is something in it."""
-        count = 0
-        for path in self._run.temporary.glob("agentpool-run-*"):
-            with suppress(OSError):
-                path.rmdir()
-                count += 1
-        return count
+    def clear_up(self) -> None:
+        """A run that was killed leaves its folder, and a later one takes it away; an empty one after a minute.
+
+        That minute is made to have passed. What is left then breaks the rule "files".
+        """
+        left = list(self._run.temporary.glob("agentpool-run-*"))
+        for path in left:
+            os.utime(path, (0, 0))
+        words = [sys.executable, "-m", "agentpool", "run", "--", "true", ":::", "1"]
+        ended = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            self._run.ledger.breaks("ends", f"agentpool run ended with {ended.returncode}: {ended.stderr[-300:]}")
+        self._run.facts["folders of killed runs that the next one removed"] = sum(not path.exists() for path in left)
 
 
 def _bury(run: Run) -> None:

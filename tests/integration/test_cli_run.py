@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -259,6 +260,22 @@ def test_resume_after_sigkill_in_the_middle(run: CommandLine, wait_until: Wait) 
     (run.home / "go").touch()
     assert ok(run("-k", "--joblog", "log", "--resume", "--shell", line, ":::", *"12345")) == b"4\n5\n"
     assert not abandoned[0].exists()
+
+
+def test_an_empty_folder_of_a_killed_run_goes_after_a_minute(run: CommandLine, tmp_path: Path) -> None:
+    old, young, locked, strange = (tmp_path / name for name in (
+        "agentpool-run-old", "agentpool-run-young", "agentpool-run-locked", "another"))
+    for path in (old, young, locked, strange):
+        path.mkdir()
+        if path != young:
+            os.utime(path, (0, 0))
+    lock = os.open(locked, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ok(run("true", ":::", "1", TMPDIR=str(tmp_path)))
+    finally:
+        os.close(lock)
+    assert sorted(tmp_path.glob("a*")) == sorted([young, locked, strange])
 
 
 def test_halt(run: CommandLine) -> None:
