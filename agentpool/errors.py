@@ -20,6 +20,7 @@ __all__ = [
     "InitializerError",
     "InternalError",
     "MemoryLimitError",
+    "PlanError",
     "PoolClosedError",
     "QuarantinedError",
     "QueueFullError",
@@ -55,6 +56,10 @@ class AgentPoolError(Exception):
 
 class SettingsError(AgentPoolError, ValueError):
     """A setting is out of range, or two settings contradict each other."""
+
+
+class PlanError(AgentPoolError, ValueError):
+    """A plan of agents that cannot be carried out: a cycle, an unknown dependency, two agents of one name, and such."""
 
 
 class PoolClosedError(AgentPoolError, RuntimeError):
