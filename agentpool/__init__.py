@@ -32,7 +32,9 @@ from agentpool.errors import (
     TaskPicklingError,
     TaskTimeoutError,
     TaskUnpicklingError,
+    UnknownWorkerError,
     WorkerCrashedError,
+    WorkerKilledError,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +80,9 @@ __all__ = [
     "TaskSnapshot",
     "TaskTimeoutError",
     "TaskUnpicklingError",
+    "UnknownWorkerError",
     "WorkerCrashedError",
+    "WorkerKilledError",
     "__version__",
     "get_agent_pool",
     "get_circuit_breaker",

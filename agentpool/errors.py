@@ -33,7 +33,9 @@ __all__ = [
     "TaskPicklingError",
     "TaskTimeoutError",
     "TaskUnpicklingError",
+    "UnknownWorkerError",
     "WorkerCrashedError",
+    "WorkerKilledError",
 ]
 
 
@@ -63,11 +65,15 @@ class PlanError(AgentPoolError, ValueError):
 
 
 class PoolClosedError(AgentPoolError, RuntimeError):
-    """The pool was shut down; it accepts no further tasks."""
+    """The pool was shut down, or is draining; it accepts no further tasks."""
 
 
 class ForkedPoolError(PoolClosedError):
     """This is a forked copy of the process that made the pool: the copy cannot reach the workers."""
+
+
+class UnknownWorkerError(AgentPoolError, LookupError):
+    """The pool never had a worker of that id."""
 
 
 class QueueFullError(AgentPoolError, queue.Full):
@@ -102,6 +108,10 @@ class WorkerCrashedError(AgentPoolError, BrokenProcessPool):
     peak_rss_bytes: int = 0
     stderr_tail: str = ""
     worker_pid: int | None = None
+
+
+class WorkerKilledError(WorkerCrashedError):
+    """An operator killed the worker while it ran the task (`pool.kill_worker`)."""
 
 
 class QuarantinedError(WorkerCrashedError):

@@ -56,7 +56,7 @@ _CPU_WINDOW_SECONDS: Final = 0.1
 _CPU_WINDOW_MAX_SECONDS: Final = 10.0
 
 _BREAKER_SEVERITY: Final = ("closed", "half_open", "open", "forced_open")
-_STATUS_SEVERITY: Final = ("ok", "degraded", "broken")
+_STATUS_SEVERITY: Final = ("ok", "draining", "paused", "degraded", "broken")
 #: Limits on pool memory: several pools together may use the sum. All other thresholds are not additive.
 _ADDITIVE_THRESHOLDS: Final = ("alert_memory_mb", "critical_memory_mb")
 _TOTALS: Final = ("total_agents", "max_pool_size", "max_concurrent", "queue_length", "running", "waiting_to_retry")
@@ -113,7 +113,7 @@ class ResourceMonitor:
         `circuit_breaker`: `state`, `failure_count`, `reason`: of several pools the worst.
         `agent_pool`: all pools summed, `pools`: each as its `get_pool_stats()` has it.
         `foreign_agents`: agents on this host that no pool of this process owns; see `find_foreign_agents`.
-        `status`: "ok", "degraded", "broken", or "closed" where all the given pools are; `reasons`: why, in words.
+        `status`: "ok", "draining", "paused", "degraded", "broken", or "closed" where all pools are; `reasons`: why.
 
         Takes 0.1 s longer when the previous report of this monitor is more than 10 s old or there is none: a share of
         CPU needs two readings. A pool that cannot report is listed as broken, with its error as the reason.
@@ -270,7 +270,7 @@ def _judge(pools: Sequence[Mapping[str, Any]], summed: Mapping[str, Any], host: 
     if statuses and all(status == "closed" for status in statuses):
         return "closed", reasons + own
     worst = max((_STATUS_SEVERITY.index(status) for status in statuses if status != "closed"), default=0)
-    return _STATUS_SEVERITY[max(worst, 1 if own else 0)], reasons + own
+    return _STATUS_SEVERITY[max(worst, _STATUS_SEVERITY.index("degraded") if own else 0)], reasons + own
 
 
 def _host_reasons(pools: Sequence[Mapping[str, Any]], host: HostReading, foreign: Mapping[str, Any]) -> list[str]:

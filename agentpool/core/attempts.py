@@ -240,7 +240,7 @@ class Attempts(Upkeep):
             self._resolve(task, False, failures.fresh(self.doom))
         else:
             tell = failures.crashed
-            self.counters.crashed += 1
+            self.counters.crashed += not worker.is_ordered
             if not is_blameless:
                 task.kills += 1
                 task.is_isolated = True

@@ -1,7 +1,8 @@
-"""Workers of one pool: starting, losing, sending home. The lowest of four rooms of one state machine.
+"""Workers of one pool: starting, losing, sending home. The lowest of five rooms of one state machine.
 
-`Crew` < `Upkeep` (measuring, recycling) < `Attempts` (how a task's attempts end) < `Scheduler` (the events of tasks
-and of the pool, placing). Each room knows those below it, and of those above only the methods declared abstract here.
+`Crew` < `Upkeep` (measuring, recycling) < `Attempts` (how a task's attempts end) < `Operations` (what operators order)
+< `Scheduler` (the events of tasks and of the pool, placing). Each room knows those below it, and of those above only
+the methods declared abstract here.
 Pure, like everything in `core`; one thread at a time may be inside, and the caller sees to that.
 """
 
@@ -59,6 +60,7 @@ class Counters:
     given_back: int = 0
     spawned: int = 0
     start_failures: int = 0
+    workers_killed: int = 0
     recycled: dict[str, int] = field(default_factory=dict)
 
 
@@ -89,6 +91,12 @@ class Crew(ABC):
         self.leaving = 0
         #: number of workers with a running task
         self.active = 0
+        #: tasks that may run at once; 0 while paused
+        self.concurrency = settings.concurrency
+        #: how many more run, since that was lowered; falls as they end
+        self.overhang = 0
+        #: how many more workers there are than twice `max_workers`, since that was lowered; falls as they are gone
+        self.left_over = 0
         #: sum of `rss_bytes` of `workers`
         self.pool_bytes = 0
         #: accepted tasks that are not resolved
@@ -316,7 +324,7 @@ class Crew(ABC):
         self._move_worker(worker, _GONE)
         self._note(now, f"{worker!r}: {failures.exit_words(exit_)}")
         self._forget(now, worker)
-        if worker.baseline_bytes is None and worker.reason != POOL_STOPPED:
+        if worker.baseline_bytes is None and worker.reason != POOL_STOPPED and not worker.is_ordered:
             self._start_failed(now, worker, failures.start_words(worker, exit_))
         elif worker.is_probe:
             self.breaker.probe_abandoned()
@@ -327,6 +335,8 @@ class Crew(ABC):
         if task is not None:
             worker.running = None
             self.active -= 1
+            if self.overhang:
+                self.overhang = max(0, self.active - self.concurrency)
             self._task_lost(now, task, worker, exit_)
         elif state in (_IDLE, _CHECKING) and not exit_.keeper_lost:
             # Nobody asked it to die and no task is to blame: an out-of-memory kill, or somebody's signal.
@@ -339,6 +349,8 @@ class Crew(ABC):
             self.timers.cancel(timer)
         worker.state_timer = worker.sample_timer = worker.backlog_timer = None
         del self.workers[worker.id]
+        if self.left_over:
+            self.left_over = max(0, len(self.workers) - 2 * self.settings.max_workers)
         self.pool_bytes -= worker.rss_bytes
         self.governor.pool_sampled(now, self.pool_bytes)
 

@@ -19,6 +19,7 @@ from agentpool.errors import (
     QueueTimeoutError,
     TaskTimeoutError,
     WorkerCrashedError,
+    WorkerKilledError,
 )
 
 __all__ = [
@@ -97,7 +98,7 @@ def crashed(task: TaskRecord, worker: WorkerRecord, exit_: WorkerExit) -> Worker
         if task.spec.policy is None
         else f"Attempt {task.attempts}; its retry policy decides."
     )
-    return _crash(WorkerCrashedError, task, worker, exit_, verdict)
+    return _crash(WorkerKilledError if worker.is_ordered else WorkerCrashedError, task, worker, exit_, verdict)
 
 
 def quarantined(task: TaskRecord, worker: WorkerRecord, exit_: WorkerExit) -> QuarantinedError:

@@ -30,11 +30,11 @@ DEFAULT_MIN_AVAILABLE: Final = 0.05
 class Governor:
     """What the last readings mean."""
 
-    __slots__ = ("_breaker", "_cpu_high", "_good_host", "_low_host", "_settings", "critical_reason",
-                 "critical_since", "host", "others_cpu_percent", "reasons", "sampled_at")
+    __slots__ = ("_breaker", "_cpu_high", "_good_host", "_low_host", "critical_reason", "critical_since",
+                 "host", "others_cpu_percent", "reasons", "sampled_at", "settings")
 
     def __init__(self, settings: PoolSettings, breaker: Breaker) -> None:
-        self._settings = settings
+        self.settings = settings
         self._breaker = breaker
         self.host: HostState | None = None
         self.sampled_at: float | None = None
@@ -51,7 +51,7 @@ class Governor:
 
     def floor_bytes(self, host: HostState) -> int:
         """Available memory below which no worker is started."""
-        given = self._settings.min_available_mb
+        given = self.settings.min_available_mb
         return int(given * MB) if given is not None else int(host.total_bytes * DEFAULT_MIN_AVAILABLE)
 
     def host_sampled(self, now: float, host: HostState, pool_cpu_percent: float) -> None:
@@ -63,7 +63,7 @@ class Governor:
 
     def _judge_available(self, now: float, host: HostState) -> None:
         floor = self.floor_bytes(host)
-        limit = self._settings.pressure_threshold
+        limit = self.settings.pressure_threshold
         pressure = host.pressure_percent
         if host.available_bytes < floor:
             reason = (f"{host.source} has {host.available_bytes / MB:.0f} MB available, "
@@ -86,7 +86,7 @@ class Governor:
         self._breaker.hold("available", reason)
 
     def _judge_cpu(self, host: HostState, pool_cpu_percent: float) -> None:
-        limit = self._settings.cpu_threshold_percent
+        limit = self.settings.cpu_threshold_percent
         self.others_cpu_percent = max(0.0, host.cpu_percent - pool_cpu_percent)
         self._cpu_high = self._cpu_high + 1 if host.cpu_percent > limit else 0
         if self._cpu_high >= CPU_CONSECUTIVE:
@@ -96,7 +96,7 @@ class Governor:
 
     def pool_sampled(self, now: float, pool_bytes: int) -> None:
         """Judge the sum of all workers' trees."""
-        alert, critical = self._settings.alert_bytes, self._settings.critical_bytes
+        alert, critical = self.settings.alert_bytes, self.settings.critical_bytes
         if critical is not None and pool_bytes > critical:
             if self.critical_since is None:
                 self.critical_since = now
@@ -122,15 +122,15 @@ class Governor:
         It is where the user set the critical value, or the host is short of memory as well. A derived default alone
         never costs anybody a task.
         """
-        return self._settings.critical_memory_mb is not None or self._low_host >= CONSECUTIVE
+        return self.settings.critical_memory_mb is not None or self._low_host >= CONSECUTIVE
 
     @property
     def forbids_growth(self) -> bool:
         """With `cpu_policy="throttle"`: others than this pool keep the CPU busy, so no worker is added."""
         return (
-            self._settings.cpu_policy == "throttle"
+            self.settings.cpu_policy == "throttle"
             and self._cpu_high >= CPU_CONSECUTIVE
-            and self.others_cpu_percent > self._settings.cpu_threshold_percent / 2
+            and self.others_cpu_percent > self.settings.cpu_threshold_percent / 2
         )
 
 

@@ -136,16 +136,24 @@ def limits_have_timers(scheduler: Scheduler) -> Iterator[str]:
 
 
 def the_pool_keeps_its_size(scheduler: Scheduler) -> Iterator[str]:
-    """Live workers <= max_workers; with those that are about to be gone, twice that at most."""
+    """Live workers <= max_workers; with those that are about to be gone, twice that at most.
+
+    Where `resize` made them too many, all that are left are busy, and marked to go.
+    """
     most = scheduler.settings.max_workers
-    if scheduler.live - scheduler.leaving > most or len(scheduler.workers) > 2 * most:
+    is_too_many = scheduler.live - scheduler.leaving > most and any(
+        worker.state in LIVE_STATES and not worker.is_leaving and worker.retire_reason is None
+        for worker in scheduler.workers.values()
+    )
+    if is_too_many or len(scheduler.workers) > 2 * most + scheduler.left_over:
         yield f"{scheduler.live} live of {len(scheduler.workers)} workers, max_workers is {most}"
 
 
 def the_throttle_holds(scheduler: Scheduler) -> Iterator[str]:
-    """Running tasks <= max_concurrent."""
-    if scheduler.active > scheduler.settings.concurrency:
-        yield f"{scheduler.active} tasks run, max_concurrent is {scheduler.settings.concurrency}"
+    """Running tasks <= max_concurrent, or <= 0 while paused, but for those that ran when that was lowered."""
+    most = 0 if scheduler.is_paused else scheduler.settings.concurrency
+    if scheduler.concurrency > most or scheduler.active > scheduler.concurrency + scheduler.overhang:
+        yield f"{scheduler.active} tasks run, {scheduler.overhang} of them from before; max_concurrent is {most}"
 
 
 def what_runs_alone_is_alone(scheduler: Scheduler) -> Iterator[str]:

@@ -112,9 +112,10 @@ class WorkerRecord:
 
     __slots__ = (
         "backlog", "backlog_timer", "baseline_bytes", "check_stage", "cpu_seconds", "id", "idle_since",
-        "is_leaving", "is_over_hard_limit", "is_probe", "limit_bytes", "pid", "processes", "reason", "retire_reason",
-        "rss_bytes", "running", "sample_interval", "sample_timer", "sampled_at", "samples", "soft_limit_bytes",
-        "spawned_at", "state", "state_timer", "task_limit", "tasks_done", "wants_check", "warm_kinds",
+        "is_leaving", "is_ordered", "is_over_hard_limit", "is_probe", "limit_bytes", "pid", "processes",
+        "reason", "retire_reason", "rss_bytes", "running", "sample_interval", "sample_timer", "sampled_at",
+        "samples", "soft_limit_bytes", "spawned_at", "state", "state_timer", "task_limit", "tasks_done",
+        "wants_check", "warm_kinds",
     )
 
     def __init__(self, worker_id: int, now: float) -> None:
@@ -136,6 +137,8 @@ class WorkerRecord:
         self.retire_reason: str | None = None
         #: while BUSY: it retires with the tasks it still may run, so that its successor may start beside it
         self.is_leaving = False
+        #: an operator had it killed: neither it nor its task is to blame
+        self.is_ordered = False
         #: why it was retired or killed, for the counters and the report
         self.reason = ""
         self.warm_kinds: set[str] = set()

@@ -4,7 +4,7 @@ One method per event; each takes `now`, in seconds of any monotonic clock. `take
 in order; `next_deadline()` says when to call `tick`. It performs nothing, knows no thread and takes no lock: the
 caller lets one thread in at a time. Handlers of one event may append actions, never call back into the scheduler.
 
-This is the uppermost of its four rooms (see `crew`): the events of tasks and of the pool, and placing. The events of
+This is the uppermost of its five rooms (see `crew`): the events of tasks and of the pool, and placing. The events of
 workers and of the machine are in `crew` and `upkeep`.
 """
 
@@ -15,7 +15,7 @@ from typing import Final
 from agentpool.config import PoolSettings
 from agentpool.core import failures, recycling
 from agentpool.core.actions import DISPATCH, Action, Revoke, RoomFreed
-from agentpool.core.attempts import Attempts
+from agentpool.core.operations import Operations
 from agentpool.core.placement import (
     GIVE_BACK_AFTER,
     Durations,
@@ -40,12 +40,11 @@ MEASURE_AFTER: Final = 0.05
 SUCCESSOR_LEAD: Final = 1.0
 
 
-class Scheduler(Attempts):
+class Scheduler(Operations):
     """See the module. Public attributes are for reading only."""
 
     def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
         super().__init__(settings, seed=seed)
-        self.concurrency = settings.concurrency
         #: workers that have just ended a call; looked at, and forgotten, with the next `take_actions`
         self._hungry: list[WorkerRecord] = []
         self._durations = Durations()
@@ -70,6 +69,9 @@ class Scheduler(Attempts):
             raise failures.fresh(self.broken)
         if self.is_closing:
             raise PoolClosedError("cannot schedule new futures after shutdown")
+        if self.is_draining:
+            raise PoolClosedError("the pool is draining: it finishes what it accepted, and takes nothing new until "
+                                  "pool.resume()")
         limit = self.settings.max_pending
         if limit is not None and len(self.queue) >= limit:
             self._is_room_wanted = True
@@ -226,6 +228,7 @@ class Scheduler(Attempts):
         library, and are kept.
         """
         self.is_closing = True
+        self._end_pause(now)  # what was accepted is finished
         self._is_dirty = True
         self._note(now, "shutdown")
         if not cancel_futures:
@@ -243,6 +246,7 @@ class Scheduler(Attempts):
         Returns the tasks that were cancelled, to be settled. Nothing is tried again.
         """
         self.is_closing = True
+        self._end_pause(now)
         self._note(now, f"stopped: {error}")
         cancelled = self._cancel_waiting()
         self._stop_workers(now, error)
@@ -280,7 +284,7 @@ class Scheduler(Attempts):
 
     def _consider_room(self) -> None:
         limit = self.settings.max_pending
-        if limit is None or len(self.queue) < limit or self.is_closing:
+        if limit is None or len(self.queue) < limit or self.is_closing or self.is_draining:
             self._is_room_wanted = False
             self._actions.append(RoomFreed())
 
@@ -372,7 +376,7 @@ class Scheduler(Attempts):
     def _feed(self, now: float) -> None:
         """Send short calls ahead to workers that just ended one, while the queue is deep."""
         hungry, self._hungry = self._hungry, []
-        if self.isolated or self.alone is not None:
+        if self.isolated or self.alone is not None or not self.concurrency:
             return  # they wait for a worker to run dry, or for an end of everything else
         for worker in hungry:
             head = worker.running
@@ -417,6 +421,8 @@ class Scheduler(Attempts):
 
     def _demand(self) -> int:
         # Asked after placing: whoever could use an idle worker has it.
+        if self.active >= self.concurrency and not self.leaving:
+            return 0
         if self._is_reserved():
             return 0 if self.active else 1
         slots = self.concurrency - self.active + self.leaving
@@ -436,11 +442,13 @@ class Scheduler(Attempts):
                 self._hungry.append(worker)
             return
         self.active -= 1
+        if self.overhang:
+            self.overhang = max(0, self.active - self.concurrency)
         if self.queue or self.isolated:
             self._is_dirty = True
         if worker.state is not _BUSY:
             return  # killed meanwhile: its death will be observed
-        if worker.retire_reason is not None:
+        if worker.retire_reason is not None and self._is_to_go(worker):
             self._retire(now, worker, worker.retire_reason)
         elif worker.task_limit is not None and (worker.tasks_done >= worker.task_limit or self._is_succeeded(worker)):
             self._retire(now, worker, "max_tasks_per_child")

@@ -91,31 +91,31 @@ TASK_TRANSITIONS: Final[Mapping[TaskState, Mapping[TaskState, str]]] = {
 WORKER_TRANSITIONS: Final[Mapping[WorkerState, Mapping[WorkerState, str]]] = {
     _W.STARTING: {
         _W.IDLE: "ready",
-        _W.KILLED: "start_timeout, or the pool stops",
+        _W.KILLED: "start_timeout, the pool stops or shrinks, or by hand",
         _W.GONE: "the start failed",
     },
     _W.IDLE: {
         _W.BUSY: "given a task",
         _W.CHECKING: "its memory may be over the limit",
-        _W.RETIRING: "idle_timeout, tasks per child, pool over its memory, shutdown",
-        _W.KILLED: "the pool stops",
+        _W.RETIRING: "idle_timeout, tasks per child, pool over its memory, resize, by hand, shutdown",
+        _W.KILLED: "the pool stops, or by hand",
         _W.GONE: "died",
     },
     _W.BUSY: {
         _W.IDLE: "its last task ended",
         _W.CHECKING: "its last task ended and its memory is looked at",
         _W.RETIRING: "its last task ended and it is to be recycled",
-        _W.KILLED: "its task would not stop, or passed the hard memory limit",
+        _W.KILLED: "its task would not stop, or passed the hard memory limit, or by hand",
         _W.GONE: "died",
     },
     _W.CHECKING: {
         _W.IDLE: "within its limit",
-        _W.RETIRING: "over its limit, twice, garbage collected, or shutdown",
-        _W.KILLED: "does not answer, or the pool stops",
+        _W.RETIRING: "over its limit, twice, garbage collected, or resize, by hand, shutdown",
+        _W.KILLED: "does not answer, or the pool stops, or by hand",
         _W.GONE: "died",
     },
     _W.RETIRING: {
-        _W.KILLED: "did not end in time",
+        _W.KILLED: "did not end in time, or by hand",
         _W.GONE: "ended",
     },
     _W.KILLED: {_W.GONE: "its death was observed"},

@@ -15,9 +15,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
 
 from agentpool.config import PoolSettings
 from agentpool.core import actions as act
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from agentpool_worker.protocol import Payload
 
 __all__ = ["Call", "Manager"]
+
+T = TypeVar("T")
 
 log = logging.getLogger("agentpool")
 
@@ -216,7 +218,8 @@ class Manager:
     def _wait_for_room(self) -> None:
         core, limit = self.core, self.core.settings.max_pending
         with self.lock:
-            while limit is not None and len(core.queue) >= limit and not core.is_closing and core.broken is None:
+            while (limit is not None and len(core.queue) >= limit and not core.is_closing and not core.is_draining
+                   and core.broken is None):
                 core.want_room()  # another one may have had the room that was announced
                 self._room.wait()
 
@@ -391,6 +394,60 @@ class Manager:
             self.core.reset_breaker(now)
             self._take(now)
 
+    # -- what operators order: any thread ------------------------------------------------------------------------
+
+    def order(self, event: Callable[[float], T]) -> T:
+        """Tell the core of an operator's order. Raises PoolClosedError where all is over, and what the event does."""
+        if self._is_forked:
+            self.check_open()
+        with self._section() as now:
+            try:
+                if self._is_finished:
+                    raise PoolClosedError(f"pool {self.name} is closed and its workers are gone{self._stop_reason}")
+                self._start_if_open()
+                result = event(now)
+                self._take(now)
+                self._wake_for_deadline()
+            except AgentPoolError:
+                self._is_inside = False  # the core refused, and changed nothing
+                raise
+        return result
+
+    def order_open(self, event: Callable[[float], T]) -> T:
+        """The same, of what has no meaning once the pool shuts down: that raises PoolClosedError then."""
+        def checked(now: float) -> T:
+            if self.core.is_closing:
+                raise PoolClosedError(f"pool {self.name} is shutting down{self._stop_reason}: it finishes what it "
+                                      "accepted, and can be neither paused nor resumed")
+            return event(now)
+
+        return self.order(checked)
+
+    def drain(self) -> list[Call]:
+        """Accept nothing until `resume`; returns the calls that are not over yet."""
+        with suppress(PoolClosedError):  # then there is nothing to refuse
+            self._takes_unlocked = False  # before what was left there is collected: nothing comes after it
+            self.order_open(self.core.drain)
+        return [cast(Call, call) for task in list(self._open.values()) if (call := task.handle) is not None]
+
+    def resume(self) -> None:
+        """Begin what waits, and accept tasks again."""
+        def resumed(now: float) -> None:
+            self.core.resume(now)
+            self._takes_unlocked = self.core.settings.max_pending is None
+
+        self.order_open(resumed)
+
+    @property
+    def is_own_thread(self) -> bool:
+        """The caller is this pool's manager thread, which runs the callbacks of futures: it must not wait for them."""
+        return threading.get_ident() == self._thread_id
+
+    @property
+    def inbox(self) -> Iterable[TaskRecord]:
+        """The same, in order. For reading under the lock; others may append meanwhile."""
+        return self._inbox
+
     @property
     def left(self) -> int:
         """Tasks that were submitted and that the core does not know yet."""
@@ -486,6 +543,7 @@ class Manager:
                 self.core.kill_task(now, task, error)
             if self._is_dropped and not self.core.is_closing:
                 self._takes_unlocked = False
+                self._collect(now)  # what was left was accepted, and is finished
                 self.core.shutdown(now, cancel_futures=False)
             self.core.tick(now)
             self._take(now)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Final
 
 from agentpool.config import MB
-from agentpool.core.records import WorkerRecord
+from agentpool.core.records import TaskRecord, WorkerRecord
 from agentpool.core.transitions import WorkerState
 
 if TYPE_CHECKING:
     from agentpool.runtime.manager import Manager
 
 __all__ = ["pool_stats"]
+
+#: So many of the tasks that wait are told one by one.
+SHOWN_TASKS: Final = 20
 
 _STATUS = {
     WorkerState.STARTING: "starting",
@@ -46,7 +50,9 @@ def pool_stats(manager: Manager) -> dict[str, Any]:
             "reasons": reasons,
             "total_agents": core.live - core.leaving,
             "max_pool_size": core.settings.max_workers,
-            "max_concurrent": core.concurrency,
+            "max_concurrent": core.settings.concurrency,
+            "is_paused": core.is_paused,
+            "is_draining": core.is_draining,
             "agents_by_status": by_status,
             "queue_length": core.queue_length + manager.left,
             "running": core.active,
@@ -56,6 +62,9 @@ def pool_stats(manager: Manager) -> dict[str, Any]:
             "thresholds": _thresholds(manager),
             "counters": asdict(core.counters) | {"submitted": core.counters.submitted + manager.left},
             "workers": workers,
+            "running_tasks": [_task_stats(worker.running, now) for worker in core.workers.values()
+                              if worker.running is not None],
+            "queued_tasks": [_task_stats(task, now) for task in _next_tasks(manager)],
             "circuit_breaker": {
                 "state": breaker.state.label,
                 "failure_count": breaker.failure_count(now),
@@ -69,7 +78,30 @@ def _status(manager: Manager, has_reasons: bool) -> str:
         return "broken"
     if manager.core.is_closing:
         return "closed"
-    return "degraded" if has_reasons else "ok"
+    if has_reasons:
+        return "degraded"
+    return "paused" if manager.core.is_paused else "draining" if manager.core.is_draining else "ok"
+
+
+def _next_tasks(manager: Manager) -> list[TaskRecord]:
+    """The first of those that wait, in the order in which they will begin."""
+    core = manager.core
+    return list(islice(chain(core.isolated, core.queue, manager.inbox), SHOWN_TASKS))
+
+
+def _task_stats(task: TaskRecord, now: float) -> dict[str, Any]:
+    worker = task.worker
+    return {
+        "id": task.id,
+        "name": task.spec.name,
+        "kind": task.spec.kind,
+        "priority": task.spec.priority,
+        "attempts": task.attempts,
+        "worker_id": None if worker is None else worker.id,
+        "is_stopping": task.stop is not None,
+        "seconds": round(now - (task.queued_at or now if worker is None else task.started_at), 3),
+        "peak_memory_mb": round(task.peak_rss_bytes / MB, 1),
+    }
 
 
 def _worker_stats(worker: WorkerRecord, now: float) -> dict[str, Any]:
@@ -78,11 +110,19 @@ def _worker_stats(worker: WorkerRecord, now: float) -> dict[str, Any]:
         "id": worker.id,
         "pid": worker.pid,
         "status": _STATUS[worker.state],
+        "state": worker.state.name.lower(),
         "memory_mb": round(worker.rss_bytes / MB, 1),
         "processes": worker.processes,
         "tasks_done": worker.tasks_done,
         "task": None if task is None else task.spec.name or f"task {task.id}",
+        "task_id": None if task is None else task.id,
+        "task_seconds": None if task is None else round(now - task.started_at, 3),
+        "idle_seconds": round(now - worker.idle_since, 1) if worker.state is WorkerState.IDLE else 0.0,
         "age_seconds": round(now - worker.spawned_at, 1),
+        "leaves_because": worker.reason or worker.retire_reason or "",
+        "memory_limit_mb": None if worker.limit_bytes is None else round(worker.limit_bytes / MB, 1),
+        "cpu_seconds": round(worker.cpu_seconds, 2),
+        "agent_kinds": sorted(worker.warm_kinds),
     }
 
 

@@ -110,7 +110,7 @@ class Moves:
         try:
             task = self.pool.submit(future, future.spec, key, block=block)
         except PoolClosedError:
-            if not core.is_closing:
+            if not core.is_closing and not core.is_draining:
                 raise Violation("an_open_pool_accepts", "submit says that the pool is closed") from None
         except QueueFullError:
             if core.settings.max_pending is None or len(core.queue) < core.settings.max_pending:
@@ -210,6 +210,44 @@ class Moves:
         """Close the breaker by hand."""
         if not self.pool.is_finished:
             self.pool.reset_breaker()
+
+    # -- operators -----------------------------------------------------------------------------------------------
+
+    def do_resize(self, a: int, b: int) -> None:
+        """The pool shrinks or grows."""
+        if not self.pool.is_finished:
+            most = 1 + a % 5
+            at_once = (None, 1, most, None)[b & 3]
+            self.pool.order(lambda now: self.core.resize(now, (most, None)[b >> 2 & 1 and at_once == 1], at_once))
+
+    def do_pause(self, a: int, b: int) -> None:
+        """Nothing begins for a while."""
+        if not self.core.is_closing:
+            self.pool.order_open(self.core.pause)
+
+    def do_resume(self, a: int, b: int) -> None:
+        """A pause or a drain is over."""
+        if not self.core.is_closing:
+            self.pool.resume()
+
+    def do_drain(self, a: int, b: int) -> None:
+        """Nothing is accepted for a while."""
+        self.oracle.facts.add("closed")
+        self.pool.drain()
+
+    def do_recycle(self, a: int, b: int) -> None:
+        """One worker is to be replaced, or all."""
+        workers = list(self.core.workers)
+        if not self.pool.is_finished:
+            which = workers[a % len(workers)] if b & 1 and workers else None
+            self.pool.order(lambda now: self.core.recycle(now, which))
+
+    def do_kill_worker(self, a: int, b: int) -> None:
+        """A worker is killed by hand."""
+        workers = list(self.core.workers)
+        if workers and not self.pool.is_finished:
+            self.oracle.facts.add("kill_worker")
+            self.pool.order(lambda now: self.core.kill_worker(now, workers[a % len(workers)], "by a user"))
 
     # -- workers -------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from agentpool.errors import (
     TaskTimeoutError,
     TaskUnpicklingError,
     WorkerCrashedError,
+    WorkerKilledError,
 )
 from agentpool.runtime.outcomes import Encoded
 from agentpool.testing.fates import Fate
@@ -145,7 +146,8 @@ class Oracle:
                 process.rss_bytes = fate_bytes
         future.produced, future.is_safe = None, False
         running = sum(1 for other in self._world.machine.living() if other.current is not None)
-        if running > self._world.settings.concurrency:
+        core = self._world.core
+        if running > core.concurrency + core.overhang:
             raise Violation("the_throttle_holds", f"{running} tasks really run at once", task_id)
 
     def ended(self, process: FakeProcess, task_id: int, kind: int, payload: bytes, *, is_safe: bool) -> None:
@@ -217,6 +219,8 @@ class Oracle:
         match error:
             case QuarantinedError():
                 return None if future.deaths >= 3 else f"only {future.deaths} workers died of it"
+            case WorkerKilledError() if "kill_worker" not in facts:
+                return "nobody killed a worker"
             case WorkerCrashedError():
                 if not future.deaths and "corrupt" not in facts:
                     return "no worker died while it ran it"

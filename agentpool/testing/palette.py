@@ -122,6 +122,7 @@ _CHECKS: Final = (("submit", 14 * 15, 0), ("behave", 0, 0), ("behave", 0, 0), ("
 #: Starts that failed, the breaker's time over, and a probe on its way.
 _PROBE: Final = (("submit", 0, 1), ("turn", 0, 0), ("turn", 0, 0), ("fork", 0, 15), ("fork", 0, 15), ("turn", 0, 0),
                  ("turn", 0, 0), ("advance", 6, 0), ("turn", 0, 0), ("turn", 0, 0), ("turn", 0, 0))
+_OPERATORS: Final = {"resize": 3, "pause": 2, "resume": 3, "drain": 1, "recycle": 3, "kill_worker": 2}
 _FIRST: Final = (("submit", 0, 1),)
 _WARM: Final = (("submit", 0, 1), ("behave", 0, 0), ("behave", 0, 0))
 
@@ -142,7 +143,9 @@ PROFILES: Final = (
                       "force_open": 1}, _WAITS),
     Profile("checks", {"stop_all": 2, "freeze": 3, "die": 3, "turn": 8, "work": 3, "advance": 2, "submit": 3, "grow": 3,
                        "fork": 1, "obey": 1}, _CHECKS),
-    Profile("all", {**_QUIET, **_DEATHS, **_MEMORY, **_CLOGS, **_BREAKER, **_USERS}, _WARM),
+    Profile("all", {**_QUIET, **_DEATHS, **_MEMORY, **_CLOGS, **_BREAKER, **_USERS, **_OPERATORS}, _WARM),
+    Profile("operators", {**_QUIET, **_OPERATORS, "die": 1, "cancel": 1, "race": 2, "advance": 1}, _WARM),
+    Profile("operators ahead", {**_QUIET, **_OPERATORS, "toil": 4, "race": 2, "collide": 1}, _BATCH),
 )
 
 

@@ -18,6 +18,7 @@ __all__ = ["COVERED", "is_well"]
 _QUEUED, _ASSIGNED, _RUNNING, _STOPPING, _WAITING_RETRY, _RESOLVED = TaskState
 _STARTING, _IDLE, _BUSY, _CHECKING, _RETIRING, _KILLED, _GONE = WorkerState
 _CLOSED, _OPEN, _HALF_OPEN, _FORCED = BreakerState
+_NOT_LIVE: Final = (_RETIRING, _KILLED)
 
 #: The rules that `is_well` looks at.
 COVERED: Final = frozenset({
@@ -42,9 +43,16 @@ def _pool_is_well(core: Scheduler) -> bool:
     resolved = counters.completed + counters.failed + counters.cancelled
     if counters.submitted != core.unresolved + resolved:
         return False
-    if core.live - core.leaving > settings.max_workers or len(core.workers) > 2 * settings.max_workers:
+    if len(core.workers) > 2 * settings.max_workers + core.left_over:
         return False
-    if core.active > settings.concurrency:
+    if core.live - core.leaving > settings.max_workers and not all(
+        worker.is_leaving or worker.retire_reason is not None or worker.state in _NOT_LIVE
+        for worker in core.workers.values()
+    ):
+        return False
+    if core.concurrency > (0 if core.is_paused else settings.concurrency):
+        return False
+    if core.active > core.concurrency + core.overhang:
         return False
     if alone is not None and (
         not alone.is_alone or core.active > 1 or (alone.state is not _RUNNING and alone.state is not _STOPPING)

@@ -159,6 +159,8 @@ class World(Moves):
         core, pool = self.core, self.pool
         if core.breaker.state is BreakerState.FORCED_OPEN and not core.is_closing:
             pool.reset_breaker()
+        elif core.is_paused:
+            pool.resume()
         elif not self.oracle.open and not core.is_closing:
             if self.blocked:
                 raise Violation("room_is_announced", f"{len(self.blocked)} wait for room, and there is nothing queued")

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from agentpool import pool as facade
+from agentpool import submitting as facade
 from agentpool.config import MB, PoolSettings
 from agentpool.core import actions as act
 from agentpool.core.records import HostState, TaskRecord, TaskSpec

@@ -30,6 +30,8 @@ FLOORS = {
     "agentpool.runtime": 3,
     "agentpool.breaker": 4,
     "agentpool.pool": 4,
+    "agentpool.submitting": 4,
+    "agentpool.operating": 4,
     "agentpool.futures": 4,
     "agentpool.monitor": 4,
     "agentpool.orchestrator": 5,

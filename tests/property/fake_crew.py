@@ -90,6 +90,7 @@ class World:
             assert limit is not None
             assert len(self.core.queue) >= limit, "there is room, and nobody told the one who waits for it"
             assert not self.core.is_closing
+            assert not self.core.is_draining
 
     def _perform(self, action: act.Action) -> None:
         if isinstance(action, tuple):
@@ -151,7 +152,7 @@ class World:
         try:
             self.core.submit(self.now, task)
         except PoolClosedError:
-            assert self.core.is_closing
+            assert self.core.is_closing or self.core.is_draining
         except QueueFullError:
             self.is_somebody_waiting = True
         except ValueError:
@@ -198,6 +199,10 @@ class World:
         self.core.reset_breaker(self.now)
         self.settle_down()
 
+    def operate(self, order: Callable[..., object], *about: object) -> None:
+        order(self.now, *about)
+        self.settle_down()
+
     # -- what processes do ---------------------------------------------------------------------------------------
 
     def ready(self, process: Process, rss_bytes: int = 20 * MB) -> None:
@@ -233,7 +238,7 @@ class World:
         self.begun[task.id] += 1
         assert task.spec.policy is not None or self.begun[task.id] == 1, f"{task!r} began twice, and may not"
         running = sum(1 for other in self.living if other.current is not None)
-        assert running <= self.core.settings.concurrency, f"{running} tasks run"
+        assert running <= self.core.concurrency + self.core.overhang, f"{running} tasks run"
 
     def revoke(self, worker: WorkerRecord, *, only: TaskRecord | None = None, may_collide: bool = True) -> None:
         """Take back what the process has not begun. At the very next one both sides may collide: then it tells."""
@@ -348,6 +353,8 @@ class World:
         before: Any = (len(self.outcomes), self.core.counters.spawned, len(self.living))
         if self.core.breaker.state is BreakerState.FORCED_OPEN:
             self.reset_breaker()
+        if self.core.is_paused:
+            self.operate(self.core.resume)
         if self.is_host_wanted:
             self.answer_host()
         while self.sample_wanted:

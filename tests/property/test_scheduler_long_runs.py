@@ -92,7 +92,8 @@ class Driver:
 
     def fault(self) -> None:
         rng, world = self.rng, self.world
-        match rng.randrange(9):
+        core = world.core
+        match rng.randrange(11):
             case 0 | 1:
                 if process := self.process():
                     world.die(process, rng.choice([-9, -11, 1]))
@@ -116,6 +117,16 @@ class Driver:
             case 7:
                 world.answer_host(rng.choice([TOTAL // 2, TOTAL // 200]), rng.choice([10.0, 99.0]),
                                   rng.choice([None, 80.0]))
+            case 8:
+                world.operate(rng.choice([core.pause, core.resume, core.drain, core.resume]))
+            case 9:
+                world.operate(core.resize, rng.randint(1, 6), rng.choice([None, 1]))
+                if core.workers:
+                    which = rng.choice(list(core.workers))
+                    if rng.random() < 0.5:
+                        world.operate(core.kill_worker, which, "by hand")
+                    else:
+                        world.operate(core.recycle, which)
             case _:
                 rng.choice([world.force_open, world.reset_breaker, world.reset_breaker])()
 

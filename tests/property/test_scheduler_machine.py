@@ -134,6 +134,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         elif how:
             self.world.reset_breaker()
 
+    @rule(most=st.integers(1, 5), at_once=st.sampled_from([None, None, 1]))
+    def resize(self, most: int, at_once: int | None) -> None:
+        self.world.operate(self.world.core.resize, most, at_once)
+
+    @rule(how=st.sampled_from(["pause", "resume", "resume", "drain"]))
+    def hold(self, how: str) -> None:
+        self.world.operate(getattr(self.world.core, how))
+
+    @precondition(lambda self: self.world.core.workers)
+    @rule(data=st.data(), how=st.sampled_from(["recycle", "kill", "recycle all"]))
+    def order_a_worker(self, data: st.DataObject, how: str) -> None:
+        core = self.world.core
+        number = data.draw(st.sampled_from(list(core.workers)))
+        if how == "kill":
+            self.world.operate(core.kill_worker, number, "by hand")
+        else:
+            self.world.operate(core.recycle, number if how == "recycle" else None)
+
     @rule(is_lazy=st.booleans())
     def take_actions_late(self, is_lazy: bool) -> None:
         self.world.is_lazy = is_lazy
