@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING  # no public names
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from agentpool.runtime.outcomes import Encoded, unpickling_error
 if TYPE_CHECKING:
     from agentpool.core.records import TaskRecord
     from agentpool.runtime.manager import Manager
+    from agentpool.streams import EventBuffer, EventStream
     from agentpool_worker.protocol import Payload
 
 __all__ = ["AgentFuture", "TaskSnapshot"]
@@ -79,6 +80,8 @@ class AgentFuture(Future[T]):
     _waiting: list[threading.Lock] | None = None
     #: `_condition`, `_waiters` or `_done_callbacks` exist; never reset
     _is_watched = False
+    #: what the task said, or who wants to know of it
+    _stream: EventBuffer | None = None
     worker_pid: int | None = None
 
     def __init__(
@@ -162,6 +165,37 @@ class AgentFuture(Future[T]):
     def cancelled(self) -> bool:
         """Was the task cancelled before it began?"""
         return self._state in _CANCELLED
+
+    # -- what the task says --------------------------------------------------------------------------------------
+
+    def events(self) -> EventStream:
+        """What the task says while it runs: `for event in future.events()`, or `async for`; see `agentpool.events`.
+
+        From the oldest event that is kept (the last 1,000, and 4 MiB) to the end of the task. May be called again, by
+        any thread, also when the task is over: each call begins with the oldest. Results never wait for a reader.
+        """
+        from agentpool.streams import EventStream
+
+        return EventStream(self, self._events())
+
+    @property
+    def events_dropped(self) -> int:
+        """How many events are lost, as they came faster than they were sent, or were not read in time."""
+        return 0 if self._stream is None else self._stream.dropped_altogether
+
+    def _events(self) -> EventBuffer:
+        stream = self._stream
+        if stream is None:
+            from agentpool.streams import EventBuffer
+
+            stream = self.__dict__.setdefault("_stream", EventBuffer())  # decides between two threads
+        return stream
+
+    def receive_events(self, attempt: int, payloads: Iterable[bytes], dropped: int) -> None:
+        """The manager's: the task said this. dropped: how many events of this attempt went lost in the worker."""
+        stream = self._events()
+        stream.put(attempt, payloads, dropped)
+        stream.wake()
 
     # -- what can be done to it ----------------------------------------------------------------------------------
 
@@ -257,20 +291,21 @@ class AgentFuture(Future[T]):
         self.payload, self.buffers = b"", ()
         if self._is_watched:
             self._settle_watched(is_value, payload)
-            return
-        if self._state != PENDING:
+        elif self._state != PENDING:
             self._report_settled()
-            return
-        if is_value:
-            self._result = cast(Any, payload)
         else:
-            self._exception = cast(Any, payload)
-        self._state = FINISHED
-        # Whoever begins to wait or to watch does so before it looks at the state, so one of us sees the other.
-        if self._waiting is not None:
-            self._release_waiting()
-        if self._is_watched:
-            self._tell_watchers()
+            if is_value:
+                self._result = cast(Any, payload)
+            else:
+                self._exception = cast(Any, payload)
+            self._state = FINISHED
+            # Whoever begins to wait or to watch does so before it looks at the state, so one of us sees the other.
+            if self._waiting is not None:
+                self._release_waiting()
+            if self._is_watched:
+                self._tell_watchers()
+        if self._stream is not None:
+            self._stream.wake()
 
     def _settle_watched(self, is_value: bool, payload: object) -> None:
         try:
@@ -301,6 +336,8 @@ class AgentFuture(Future[T]):
         self.payload, self.buffers = b"", ()
         super().cancel()
         self.set_running_or_notify_cancel()
+        if self._stream is not None:
+            self._stream.wake()
 
     def _release_waiting(self) -> None:
         for lock in self.__dict__.pop("_waiting", ()):

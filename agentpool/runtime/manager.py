@@ -74,6 +74,9 @@ class Call(Protocol):
     def settle_cancelled(self) -> None:
         """Become cancelled, and tell those who wait."""
 
+    def receive_events(self, attempt: int, payloads: Sequence[bytes], dropped: int) -> None:
+        """The running task said this; so many events of this attempt were lost in the worker."""
+
 
 class Manager:
     """See the module. One per pool; starts its thread with the first task."""
@@ -548,8 +551,16 @@ class Manager:
             self.core.tick(now)
             self._take(now)
             self._is_inside = False
+        if self._reception.said:
+            self._deliver_events()
         while self._cold:
             self._perform(self._cold.popleft())
+
+    def _deliver_events(self) -> None:
+        """Hand on what running tasks said; before any of these tasks is resolved."""
+        said, self._reception.said = self._reception.said, []
+        for handle, attempt, payloads, dropped in said:
+            cast(Call, handle).receive_events(attempt, payloads, dropped)
 
     def _prepare_late_kills(self) -> list[tuple[TaskRecord, TaskKilledError]]:
         late_kills, self._late_kills = self._late_kills, []
@@ -674,6 +685,7 @@ class Manager:
             self._reception.tell_core(now)
             self._take_backlog_back(now, link)
             self._take(now)
+        self._deliver_events()
 
     def _breaker_changed(self, old: str, new: str, reason: str) -> None:
         level = logging.WARNING if new == "open" else logging.INFO  # what was done by hand surprises nobody

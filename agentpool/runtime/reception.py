@@ -44,6 +44,8 @@ class Reception:
         self._staff = Staff(core.settings, reactor, self._keeper_spoke)
         self.stderr = Forwarder()
         self._events: list[Event] = []
+        #: what running tasks said, as (the task's handle, attempt, pickled events, events lost in the worker)
+        self.said: list[tuple[object, int, list[bytes], int]] = []
         #: links whose standard error is not read until ours takes more
         self._paused: list[Link] = []
 
@@ -148,6 +150,9 @@ class Reception:
         elif kind == protocol.AGENT_SET_UP:
             baseline = link.baseline_bytes(worker.pid or 0, frame.x * 1024)
             self._events.append(lambda now: core.agent_set_up(now, worker, baseline))
+        elif kind == protocol.EVENTS:
+            payloads = protocol.split_events(frame)
+            self._events.append(lambda now: self._task_said(link, frame, payloads))
         elif kind == protocol.INIT_FAILED:
             failure = outcomes.initializer_error(frame)
             if isinstance(failure.__cause__, MemoryError):
@@ -191,6 +196,12 @@ class Reception:
         if task is not None:
             wants_stack = task.stop is not None and task.stop.is_timeout
             self._core.stop_acknowledged(now, link.worker, task, link.channel.report() if wants_stack else "")
+
+    def _task_said(self, link: Link, frame: Frame, payloads: list[bytes]) -> None:
+        """Under the lock: only here is it known which attempt this is, and not whether anybody listens."""
+        task = self._task_of(link, frame.task_id)
+        if task is not None:
+            self.said.append((task.handle, task.attempts, payloads, frame.y))
 
     def _read_stderr(self, link: Link) -> None:
         if self.stderr.is_full:

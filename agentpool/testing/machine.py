@@ -35,6 +35,9 @@ class Witness(Protocol):
     def lost(self, process: FakeProcess, task_id: int) -> None:
         """The worker died and took the task, or its unsent result, with it."""
 
+    def says(self, process: FakeProcess, task_id: int) -> list[bytes]:
+        """What the task says now, as it begins or before it ends."""
+
 
 class _Nobody:
     def began(self, process: FakeProcess, task_id: int) -> None:
@@ -45,6 +48,10 @@ class _Nobody:
 
     def lost(self, process: FakeProcess, task_id: int) -> None:
         """Nobody looks."""
+
+    def says(self, process: FakeProcess, task_id: int) -> list[bytes]:
+        """Nobody would listen."""
+        return []
 
 
 class Machine:

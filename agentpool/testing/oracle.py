@@ -55,8 +55,8 @@ class FakeFuture:
     """What the manager settles (`agentpool.runtime.manager.Call`), with all that really happened to its task."""
 
     __slots__ = (
-        "_oracle", "begun", "buffers", "deaths", "end", "ended", "fate", "follower", "is_kill_promised", "is_safe",
-        "payload", "process", "produced", "spec", "task", "wishes", "worker_pid",
+        "_oracle", "begun", "buffers", "deaths", "end", "ended", "fate", "follower", "heard", "is_kill_promised",
+        "is_safe", "payload", "process", "produced", "said", "spec", "task", "wishes", "worker_pid",
     )
 
     def __init__(self, oracle: Oracle, spec: TaskSpec, fate: Fate) -> None:
@@ -80,6 +80,9 @@ class FakeFuture:
         self.is_safe = False
         #: what users asked for: "cancel", "kill"
         self.wishes: set[str] = set()
+        #: how often the task said something, and which of that arrived last
+        self.said = 0
+        self.heard = 0
         self.is_kill_promised = False
         #: how it was settled; "" while it is not
         self.end = ""
@@ -101,6 +104,10 @@ class FakeFuture:
     def settle_cancelled(self) -> None:
         """Become cancelled."""
         self._oracle.cancelled(self)
+
+    def receive_events(self, attempt: int, payloads: Sequence[bytes], dropped: int) -> None:
+        """What the task says while it runs."""
+        self._oracle.heard(self, attempt, payloads)
 
 
 class Oracle:
@@ -164,7 +171,30 @@ class Oracle:
         future.process = None
         future.deaths += 1
 
+    def says(self, process: FakeProcess, task_id: int) -> list[bytes]:
+        """What a task says: its attempt, and how often it said something. Every other one says nothing."""
+        if task_id % 2:
+            return []
+        future = self.futures[task_id]
+        future.said += 1
+        return [b"%d %d" % (future.begun, future.said)]
+
     # -- what futures are told -----------------------------------------------------------------------------------
+
+    def heard(self, future: FakeFuture, attempt: int, payloads: Sequence[bytes]) -> None:
+        """A future is told what its task said."""
+        task = future.task
+        number = 0 if task is None else task.id
+        if future.end:
+            raise Violation("nothing_is_heard_after_the_end", f"task {number} was {future.end}", number)
+        for payload in payloads:
+            began, order = map(int, payload.split())
+            if began != attempt:
+                raise Violation("events_know_their_attempt", f"task {number} said in attempt {began} what was heard as "
+                                f"of attempt {attempt}", number)
+            if order <= future.heard:
+                raise Violation("events_keep_their_order", f"task {number}: {order} after {future.heard}", number)
+            future.heard = order
 
     def _settle(self, future: FakeFuture, how: str) -> TaskRecord:
         task = future.task

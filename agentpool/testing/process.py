@@ -181,6 +181,7 @@ class FakeProcess:
         self.began_at = self.machine.clock.now
         self.runs += 1
         self.machine.witness.began(self, frame.task_id)
+        self._say(frame.task_id)
 
     def collide(self, task_id: int) -> bool:
         """The worker marks its next call as begun while the parent revokes it: both see each other, and both yield."""
@@ -198,6 +199,7 @@ class FakeProcess:
         task_id = frame.task_id
         took = self.machine.clock.now - self.began_at if seconds is None else seconds
         self.cpu_seconds += took
+        self._say(task_id)
         if self.stop_wanted == task_id:
             kind, payload = protocol.ERROR, _CANCELLED
         elif how <= How.AGAIN or how == How.LARGE:
@@ -215,6 +217,13 @@ class FakeProcess:
             return
         self._send(result, is_held=is_held and bool(self.channel.calls))
         self.machine.witness.ended(self, task_id, kind, payload, is_safe=True)
+
+    def _say(self, task_id: int) -> None:
+        """The running task says something: results of calls before it go first."""
+        if events := self.machine.witness.says(self, task_id):
+            self._flush()
+            payload = protocol.encode_events(task_id, events, 0)[protocol.HEADER.size :]
+            self._write(Frame(protocol.EVENTS, 0, task_id, len(events), 0, 0, payload, ()))
 
     # -- what it writes ------------------------------------------------------------------------------------------
 

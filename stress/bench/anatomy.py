@@ -160,6 +160,9 @@ class Nowhere:
     def write(self, parts: list[Any]) -> None:
         return
 
+    def write_if_room(self, least: int, build: Callable[[int], bytes]) -> bool:
+        return bool(build(least))
+
 
 def serving() -> Callable[[], None]:
     import resource

@@ -1,7 +1,7 @@
 """The floors of the house: imports go downwards only. Static: the source is parsed, nothing is imported.
 
-    agentpool_worker < errors, config < core | io (which do not know each other) < runtime
-    < pool, futures, breaker, monitor < orchestrator < the package's own __init__ < cli
+    agentpool_worker < errors, config, events < core | io (which do not know each other) < runtime
+    < pool, futures, streams, breaker, monitor < orchestrator < the package's own __init__ < cli
     testing stands beside, and nobody imports it
 
 An import inside a function counts like any other. What stands under `if TYPE_CHECKING:` does not count, as nothing is
@@ -25,6 +25,7 @@ FLOORS = {
     "agentpool_worker": 0,
     "agentpool.errors": 1,
     "agentpool.config": 1,
+    "agentpool.events": 1,
     "agentpool.core": 2,
     "agentpool.io": 2,
     "agentpool.runtime": 3,
@@ -33,6 +34,7 @@ FLOORS = {
     "agentpool.submitting": 4,
     "agentpool.operating": 4,
     "agentpool.futures": 4,
+    "agentpool.streams": 4,
     "agentpool.monitor": 4,
     "agentpool.orchestrator": 5,
     "agentpool": 6,  # the public names: may look at all that it names, and nobody below may look at it
@@ -43,7 +45,8 @@ FLOORS = {
 
 #: Of the child's package, what the parent must not import: it is the child's process. The wire format, the agents with
 #: what they return, and what explains a pickling fault are for both sides.
-CHILDS_OWN = {"agentpool_worker.keeper", "agentpool_worker.main", "agentpool_worker.context"}
+CHILDS_OWN = {"agentpool_worker.keeper", "agentpool_worker.main", "agentpool_worker.context",
+              "agentpool_worker.streaming"}
 
 #: What the core must not know: clocks, threads, files, processes, the network, chance without a seed, and output.
 IMPURE = {

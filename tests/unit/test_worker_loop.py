@@ -114,7 +114,7 @@ def _nothing_seen() -> Iterator[None]:
     SEEN.clear()
     yield
     SEEN.clear()
-    context._enter(None)
+    context._leave()
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from agentpool_worker.protocol import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, Final, Protocol
 else:
     Protocol = object
@@ -59,6 +59,9 @@ class Link(Protocol):
 
     def write(self, parts: list[bytes | memoryview]) -> None:
         """Write all of it to the parent, blocking."""
+
+    def write_if_room(self, least: int, build: Callable[[int], bytes]) -> bool:
+        """Write what `build(room)` makes, without waiting. False: it made nothing, or another thread is writing."""
 
 
 class PipeLink:
@@ -91,9 +94,25 @@ class PipeLink:
                 protocol.enlarge_pipe(self._results)
             self._announced[0] += sum(memoryview(part).nbytes for part in parts)
             for part in parts:
-                view = memoryview(part)
-                while view:
-                    view = view[os.write(self._results, view) :]
+                self._write(part)
+
+    def _write(self, part: bytes | memoryview) -> None:
+        view = memoryview(part)
+        while view:
+            view = view[os.write(self._results, view) :]
+
+    def write_if_room(self, least: int, build: Callable[[int], bytes]) -> bool:
+        from agentpool_worker import streaming
+
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            frame = build(streaming.room_in(self._results, least))
+            self._announced[0] += len(frame)
+            self._write(frame)
+            return bool(frame)
+        finally:
+            self._lock.release()
 
 
 def _agents_set_up() -> int:
@@ -119,6 +138,7 @@ class Worker:
     def __init__(self, worker_id: int, link: Link, page: Any) -> None:
         self.worker_id = worker_id
         self._pid = os.getpid()
+        self._main_thread = threading.get_ident()
         self._link = link
         self._page = page
         self._reader = FrameReader(link.streams_from)
@@ -143,6 +163,7 @@ class Worker:
 
         self._getrusage = resource.getrusage
         self._max_kib = self._getrusage(resource.RUSAGE_SELF).ru_maxrss
+        context._connect(self)
         while True:
             for frame in self._reader.frames():
                 if frame.kind == protocol.CALL:
@@ -203,7 +224,7 @@ class Worker:
             kind, payload, buffers = self._attempt(frame)
         except context.TaskCancelled as error:  # it came between the end of the task's own error and its handler
             kind, (payload, buffers) = protocol.ERROR, _describe(error)
-        context._enter(None)
+        context._leave()
         if _agents_set_up() != agents:
             self._send(encode(protocol.AGENT_SET_UP, task_id, x=_rss_kib()), started)
         ended = time.monotonic()
@@ -294,9 +315,48 @@ class Worker:
     def _flush(self) -> None:
         if self._held:
             self._link.write([bytes(self._page[OUTBOX_DATA : OUTBOX_DATA + self._held])])
-            self._generation = self._generation + 1 & 0xFFFFFFFF
-            self._held = 0
-            OUTBOX_HEADER.pack_into(self._page, OUTBOX, self._generation, 0)
+            self._emptied()
+
+    def _emptied(self) -> None:
+        self._generation = self._generation + 1 & 0xFFFFFFFF
+        self._held = 0
+        OUTBOX_HEADER.pack_into(self._page, OUTBOX, self._generation, 0)
+
+    # -- events of the running task: see `streaming.Outlet` -------------------------------------------------------
+
+    def hold_stop(self) -> int:
+        """In the main thread: raise nothing in the task until `release_stop`. In others nothing is raised ever."""
+        if threading.get_ident() != self._main_thread:
+            return 0
+        held, self._interruptible = self._interruptible, 0
+        return held
+
+    def release_stop(self, held: int) -> None:
+        """The end of `hold_stop`. Raises TaskCancelled where that came meanwhile."""
+        if held:
+            self._interruptible = held
+            if self._stop_wanted == held:
+                self._interruptible = 0
+                raise context.TaskCancelled("the pool asked this task to stop")
+
+    def write_events(self, least: int, build: Callable[[int], bytes]) -> bool:
+        """While a task runs, under its sender's lock: write events without waiting. False: there is no room.
+
+        Results of calls before it go first, so that the parent knows by then which task runs.
+        """
+        if self._held:
+            if not self._link.write_if_room(self._held, self._held_results):
+                return False
+            self._emptied()
+        return self._link.write_if_room(least, build)
+
+    def _held_results(self, room: int) -> bytes:
+        return bytes(self._page[OUTBOX_DATA : OUTBOX_DATA + self._held]) if self._held <= room else b""
+
+    def write_last(self, frame: bytes) -> None:
+        """In the main thread: write events of a task that has ended."""
+        self._flush()
+        self._link.write([frame])
 
     # -- stopping ------------------------------------------------------------------------------------------------
 
@@ -396,7 +456,12 @@ def serve(worker_id: int, calls: int, results: int, control: int, report: int) -
     faulthandler.enable(report, all_threads=True)
     faulthandler.register(signal.SIGUSR1, report, all_threads=True, chain=False)
     link = PipeLink(calls, results, page)
-    os.register_at_fork(after_in_child=lambda: link.abandon(control))
+
+    def after_fork() -> None:
+        link.abandon(control)
+        context._connect(None)  # what a task forks has no word: its events would be written into a file of its own
+
+    os.register_at_fork(after_in_child=after_fork)
     worker = Worker(worker_id, link, page)
     signal.signal(signal.SIGINT, worker.on_stop_signal)
     # Not a `threading.Thread`: that waits until it runs, and whoever asks for a task's threads need not see it.

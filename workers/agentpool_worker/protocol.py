@@ -13,6 +13,7 @@ import os
 import sys
 from collections import namedtuple
 from struct import Struct
+from struct import error as StructError
 from types import CoroutineType
 
 TYPE_CHECKING = False
@@ -60,8 +61,10 @@ COLLECTED: Final = 22
 STOPPING: Final = 23
 INIT_FAILED: Final = 24
 AGENT_SET_UP: Final = 25
+# Events of a running task. x: how many; y: how many of this attempt were dropped so far.
+EVENTS: Final = 26
 
-_KINDS: Final = frozenset({CALL, INIT, COLLECT, STOP, *range(READY, AGENT_SET_UP + 1)})
+_KINDS: Final = frozenset({CALL, INIT, COLLECT, STOP, *range(READY, EVENTS + 1)})
 
 # The page: memory shared by the parent and one worker. A byte per slot says that a call began or is revoked; the
 # outbox holds results that are not yet written to the pipe, so that a worker that dies takes none with it; behind it,
@@ -128,6 +131,38 @@ def encode(
     length = sum(map(len, parts)) + sum(sizes) + _SIZE.size * len(sizes)
     head = HEADER.pack(MAGIC, kind, flags, len(sizes), task_id, length, x, y, z)
     return [head + b"".join(map(_SIZE.pack, sizes)), *parts, *buffers]
+
+
+_EVENT: Final = Struct("<I")
+
+
+def event_size(event: bytes) -> int:
+    """The bytes that an event takes in its frame."""
+    return _EVENT.size + len(event)
+
+
+def encode_events(task_id: int, events: Sequence[bytes], dropped: int) -> bytes:
+    """The frame of pickled events: each behind its length, so that one which cannot be rebuilt costs no other."""
+    body = b"".join([part for event in events for part in (_EVENT.pack(len(event)), event)])
+    dropped = min(dropped, 0xFFFFFFFF)
+    return HEADER.pack(MAGIC, EVENTS, 0, 0, task_id, len(body), len(events), dropped, 0) + body
+
+
+def split_events(frame: Frame) -> list[bytes]:
+    """The pickled events of their frame. Raises ProtocolError."""
+    events: list[bytes] = []
+    payload, position = frame.payload, 0
+    try:
+        for _ in range(frame.x):
+            (length,) = _EVENT.unpack_from(payload, position)
+            position += _EVENT.size
+            events.append(bytes(payload[position : position + length]))
+            position += length
+    except StructError as error:
+        raise ProtocolError(f"a frame of {frame.x} events is too short for them: {error}") from None
+    if position != len(payload):
+        raise ProtocolError(f"{frame.x} events of {position} bytes came in a frame of {len(payload)}")
+    return events
 
 
 def enlarge_pipe(descriptor: int) -> None:
