@@ -7,6 +7,7 @@
 #   QUICK=1                      a short run of the benchmark, which leaves docs/benchmarks.md alone
 #   BENCH_ARGS="--cases noop"    handed to the benchmark
 #   STRESS_ARGS="--seed 7"       handed to the stress run
+#   MUTANTS="agentpool.core.breaker*"   which mutants to try once more; otherwise all that have no result yet
 
 VENV ?= .venv
 OUT ?= generated-tests
@@ -14,13 +15,14 @@ PYTEST_ARGS ?=
 QUICK ?=
 BENCH_ARGS ?=
 STRESS_ARGS ?=
+MUTANTS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup lint types core coverage bench stress conformance core313 conformance313 python313 clean
+.PHONY: help demo test setup lint types core coverage bench stress mutants conformance core313 conformance313 python313 clean
 
 # Prints the first interpreter of the versions $(1) that runs and can make an environment. A name on PATH proves nothing:
 # pyenv's shims exist for versions that are not selected, and Debian's python3 comes without venv.
@@ -95,6 +97,16 @@ bench: $(VENV)/.installed-bench ## agentpool beside other pools: docs/benchmarks
 stress: $(VENV)/.installed-stress ## every stress scenario briefly, with faults: stress/out/REPORT.md (about 2 minutes)
 	$(BIN)/python -m stress run all --brief $(STRESS_ARGS)
 
+$(VENV)/.installed-mutants: pyproject.toml | $(BIN)/python
+	@echo "installing agentpool, its tests and mutmut into $(VENV)"
+	@$(PIP) install --editable '.[mutants]'
+	@touch $(VENV)/.installed-test $(VENV)/.installed-all $@
+
+# Interrupted, it goes on where it stopped; after a change it tries again what the change concerns.
+mutants: $(VENV)/.installed-mutants ## mutation testing of agentpool/core with mutmut, results in mutants/ (about 2 hours)
+	CI=1 nice -n 19 $(BIN)/mutmut run --max-children 1 $(if $(MUTANTS),'$(MUTANTS)')
+	$(BIN)/python -m stress.mutants
+
 conformance: $(VENV)/.installed-test ## CPython's own executor tests, where this interpreter or AGENTPOOL_CPYTHON_SUITE has them
 	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)
 
@@ -111,5 +123,5 @@ core313 conformance313:
 conformance313: ## CPython 3.13's own executor tests
 
 clean: ## remove the environments, caches and what the demo wrote
-	rm -rf .venv .venv-3.13 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov build dist generated-tests
+	rm -rf mutants .venv .venv-3.13 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov build dist generated-tests
 	find agentpool workers tests stress -name __pycache__ -type d -prune -exec rm -rf {} +

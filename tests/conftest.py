@@ -32,11 +32,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile("agentpool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # A run that nobody watches must not fail by chance: the same examples each time, without a data base of old ones.
 settings.register_profile("agentpool-ci", settings.get_profile("agentpool"), derandomize=True, database=None)
+# Mutation testing only asks whether there is a failure, not for the smallest one: make mutants.
+settings.register_profile("agentpool-mutants", settings.get_profile("agentpool-ci"), max_examples=40,
+                          phases=[Phase.explicit, Phase.generate])
 settings.load_profile("agentpool-ci" if os.environ.get("CI") else "agentpool")
 
 # A shell starts what runs in the background with SIGINT ignored, and children inherit that. The tests of Ctrl-C, and
@@ -55,6 +58,12 @@ PR_SET_CHILD_SUBREAPER = 36
 
 _failed = pytest.StashKey[bool]()
 _the_test_process = os.getpid()
+
+
+def pytest_sessionstart() -> None:
+    """mutmut forks a process for each mutant and begins a session in it: that one has not escaped from anything."""
+    global _the_test_process
+    _the_test_process = os.getpid()
 
 
 @pytest.hookimpl(wrapper=True)

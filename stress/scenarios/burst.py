@@ -19,5 +19,5 @@ def play(run: Run) -> None:
             run.calm(1000)
 
 
-SCENARIO = Scenario(name="burst", title="100,000 no-ops, submitted at once", play=play, tasks=100_000, brief=20_000,
+SCENARIO = Scenario(name="burst", title="100,000 no-ops, submitted at once", play=play, tasks=100_000, brief=100_000,
                     workers=2)

@@ -1,0 +1,1 @@
+"""Mutation testing of `agentpool/core` with mutmut: `make mutants`."""
