@@ -68,7 +68,7 @@ def test_what_a_start_loads(module: str) -> None:
     assert not _roots(loaded) & (HEAVY | CLOUDPICKLES)
 
 
-@pytest.mark.parametrize("agent", ["security_analyst", "performance_auditor", "test_generator", "command"])
+@pytest.mark.parametrize("agent", ["security_analyst", "performance_auditor", "test_generator", "command", "cli"])
 def test_what_an_agents_module_loads(agent: str) -> None:
     """Its tools come with its setup() or run(): a worker that never runs it does not pay for them."""
     assert not _foreign(_loaded(f"agentpool_worker.agents.{agent}"))

@@ -303,7 +303,7 @@ def test_a_stock_agent(make_pool: MakePool) -> None:
 
 
 @pytest.mark.parametrize(("kind", "error", "words"), [
-    ("no-such-agent", LookupError, "unknown agent 'no-such-agent'; known are command, performance-auditor"),
+    ("no-such-agent", LookupError, "unknown agent 'no-such-agent'; known are aider, claude, codex, command,"),
     ("no_such_module:Agent", LookupError, "there is no module 'no_such_module'"),
     ("os:NoSuchClass", LookupError, "module 'os' has no 'NoSuchClass'"),
     ("os:getpid", TypeError, "is not a class"),

@@ -226,7 +226,8 @@ class Worker:
             kind, (payload, buffers) = protocol.ERROR, _describe(error)
         context._leave()
         if _agents_set_up() != agents:
-            self._send(encode(protocol.AGENT_SET_UP, task_id, x=_rss_kib()), started)
+            kept = sys.modules["agentpool_worker.agents.base"].agents_kib()
+            self._send(encode(protocol.AGENT_SET_UP, task_id, x=_rss_kib() + kept), started)
         ended = time.monotonic()
         rss = peak = 0
         if ended - self._measured_at > MEASURE_EVERY:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 if TYPE_CHECKING:
     from asyncio import Runner
 
-__all__ = ["STOCK", "Agent", "close_all", "kind_name", "resolve", "run_agent"]
+__all__ = ["STOCK", "Agent", "Configured", "agents_kib", "close_all", "kind_name", "resolve", "run_agent"]
 
 #: The agents that come with agentpool, by the name that users give: where their class is.
 STOCK: Final[dict[str, str]] = {
@@ -21,16 +21,23 @@ STOCK: Final[dict[str, str]] = {
     "performance-auditor": "agentpool_worker.agents.performance_auditor:PerformanceAuditor",
     "test-generator": "agentpool_worker.agents.test_generator:TestGenerator",
     "command": "agentpool_worker.agents.command:CommandAgent",
+    "claude": "agentpool_worker.agents.cli:Claude",
+    "codex": "agentpool_worker.agents.cli:Codex",
+    "gemini": "agentpool_worker.agents.cli:Gemini",
+    "copilot": "agentpool_worker.agents.cli:Copilot",
+    "opencode": "agentpool_worker.agents.cli:OpenCode",
+    "aider": "agentpool_worker.agents.cli:Aider",
+    "llm": "agentpool_worker.agents.cli:Llm",
 }
 
 
 class Agent:
     """A kind of work with something worth keeping between tasks: a model, a client, a loaded tool.
 
-    A worker makes one instance per class, without arguments, calls `setup()` once, `run()` for each task, one at a
-    time, and `close()` when the worker retires (not when it is killed). Deriving from this class is a convenience: any
-    class with a `run` method will do. All three methods may be `async def`: they share one event loop per worker, so
-    what `setup()` opened there can be used in every `run()`.
+    A worker makes one instance per class, without arguments (or per kind, with its `config`), calls `setup()` once,
+    `run()` for each task, one at a time, and `close()` when the worker retires (not when it is killed). Deriving from
+    this class is a convenience: any class with a `run` method will do. All three methods may be `async def`: they share
+    one event loop per worker, so what `setup()` opened there can be used in every `run()`.
 
     name: shown in reports; empty: the class's own name.
     idempotent: True promises that running a task twice does no harm. Only then is a task whose worker was lost run
@@ -51,12 +58,28 @@ class Agent:
         """Release what `setup()` took."""
 
 
-def resolve(kind: str | type[Any]) -> type[Any]:
-    """The class that `kind` means: a stock agent's name, "module:Class", or the class itself.
+class Configured:
+    """An agent that is made with keywords: the class that `target` means, as `target(**config)`.
+
+    A worker keeps one instance for each name and configuration. `config` is plain data.
+    """
+
+    __slots__ = ("config", "name", "target")
+
+    def __init__(self, name: str, target: str | type[Any], config: dict[str, Any]) -> None:
+        self.name = name
+        self.target = target
+        self.config = config
+
+
+def resolve(kind: str | type[Any] | Configured) -> type[Any]:
+    """The class that `kind` means: a stock agent's name, "module:Class", the class itself, or one with a configuration.
 
     Raises LookupError for a name that leads nowhere, TypeError for what is no agent class. A module is imported here;
     an error of its own while it is imported arrives unchanged.
     """
+    if isinstance(kind, Configured):
+        return resolve(kind.target)
     if isinstance(kind, str):
         cls = _load(kind, STOCK.get(kind, kind))
     elif isinstance(kind, type):
@@ -71,8 +94,10 @@ def resolve(kind: str | type[Any]) -> type[Any]:
     return cls
 
 
-def kind_name(kind: str | type[Any]) -> str:
+def kind_name(kind: str | type[Any] | Configured) -> str:
     """A stable label for `kind`, the same for a class and for the name that leads to it. Imports nothing."""
+    if isinstance(kind, Configured):
+        return kind.name
     if isinstance(kind, str):
         target = kind
     elif isinstance(kind, type):
@@ -114,12 +139,13 @@ def _load(kind: str, target: str) -> Any:
 # --- the worker's side -------------------------------------------------------------------------------------------
 
 #: One instance per class. The class object is the key: cloudpickle gives a class that came by value its identity back.
-_instances: dict[type[Any], Any] = {}
+#: Of an agent with a configuration the key is (name, class, configuration in words).
+_instances: dict[type[Any] | tuple[str, type[Any], str], Any] = {}
 #: The event loop that all async agents of this worker share; made when the first one needs it.
 _runner: Runner | None = None
 
 
-def run_agent(kind: str | type[Any], prompt: str, kwargs: dict[str, Any]) -> Any:
+def run_agent(kind: str | type[Any] | Configured, prompt: str, kwargs: dict[str, Any]) -> Any:
     """Run one task of `kind` in this worker and return its result.
 
     The first task of a kind makes the instance and sets it up; an instance whose setup raised is not kept. An instance
@@ -127,20 +153,27 @@ def run_agent(kind: str | type[Any], prompt: str, kwargs: dict[str, Any]) -> Any
     is closed, since nobody knows what it was in the middle of.
     """
     cls = resolve(kind)
-    agent = _instances.get(cls)
+    config = kind.config if isinstance(kind, Configured) else {}
+    key = (kind.name, cls, repr(config)) if isinstance(kind, Configured) else cls
+    agent = _instances.get(key)
     if agent is None:
-        _close_predecessor(cls)
-        agent = _make(cls)
+        _close_predecessor(key)
+        agent = _make(cls, config)
         _call(agent, "setup")
-        _instances[cls] = agent
+        _instances[key] = agent
     try:
         return _finish(agent.run(prompt, **kwargs))
     except Exception:
         raise
     except BaseException:
-        _instances.pop(cls, None)
+        _instances.pop(key, None)
         _close(agent)
         raise
+
+
+def agents_kib() -> int:
+    """The memory of the processes that agents keep, in KiB, as they report it: it belongs to the worker's baseline."""
+    return sum(agent.kept_kib() for agent in _instances.values() if hasattr(agent, "kept_kib"))
 
 
 def close_all() -> None:
@@ -156,23 +189,29 @@ def close_all() -> None:
             _complain("the agents' event loop")
 
 
-def _make(cls: type[Any]) -> Any:
+def _make(cls: type[Any], config: dict[str, Any]) -> Any:
     try:
-        return cls()
+        return cls(**config)
     except TypeError as error:
-        error.add_note(f"A worker makes the agent as {cls.__qualname__}(), without arguments; "
+        how = f"with the keywords {', '.join(config)}, the configuration of its kind" if config else "without arguments"
+        error.add_note(f"A worker makes the agent as {cls.__qualname__}(), {how}; "
                        "give run() what differs between tasks.")
         raise
 
 
-def _close_predecessor(cls: type[Any]) -> None:
-    """Put away the instance of an older definition of `cls`, as left by a notebook cell that was run again.
+def _close_predecessor(key: type[Any] | tuple[str, type[Any], str]) -> None:
+    """Put away the instance of an older definition, as left by a notebook cell that was run again.
 
     Classes made in a function are let be: several of them legitimately share a qualified name.
     """
-    if "<locals>" in cls.__qualname__:
+    if isinstance(key, tuple):
+        outdated: list[Any] = [old for old in _instances if isinstance(old, tuple) and old[0] == key[0]]
+    elif "<locals>" in key.__qualname__:
         return
-    for old in [old for old in _instances if kind_name(old) == kind_name(cls)]:
+    else:
+        name = kind_name(key)
+        outdated = [old for old in _instances if not isinstance(old, tuple) and kind_name(old) == name]
+    for old in outdated:
         _close(_instances.pop(old))
 
 
