@@ -48,6 +48,7 @@ class TaskSnapshot:
 
     state: "queued", "running", "waiting_to_retry", "done", "failed" or "cancelled". elapsed_seconds: of the present
     attempt, or of the last one. rss_bytes: last reading of its worker's process tree, 0 where there is none.
+    sampled_at: when that was taken. first_started_at: when it began first. Both as `time.monotonic()` has it.
     """
 
     task_id: int
@@ -60,6 +61,8 @@ class TaskSnapshot:
     peak_rss_bytes: int
     worker_pid: int | None
     last_error: str | None
+    sampled_at: float | None = None
+    first_started_at: float | None = None
 
 
 class AgentFuture(Future[T]):
@@ -141,6 +144,8 @@ class AgentFuture(Future[T]):
             peak_rss_bytes=task.peak_rss_bytes,
             worker_pid=self.worker_pid,
             last_error=None if task.last_error is None else f"{type(task.last_error).__name__}: {task.last_error}",
+            sampled_at=worker.sampled_at if worker is not None else None,
+            first_started_at=task.first_started_at,
         )
 
     def _state_word(self, task: TaskRecord) -> str:

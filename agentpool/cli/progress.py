@@ -24,14 +24,16 @@ __all__ = ["Progress", "progress_on", "table_of"]
 
 #: How a state is called on the screen, and its colour.
 _STATES: Final = {
+    "waiting": ("waiting", "dim"),
     "queued": ("queued", "dim"),
     "running": ("running", "cyan"),
     "waiting_to_retry": ("retrying", "yellow"),
     "done": ("done", "green"),
     "failed": ("failed", "red"),
     "cancelled": ("cancelled", "red"),
+    "skipped": ("skipped", "yellow"),
 }
-_ENDED: Final = ("done", "failed", "cancelled")
+_ENDED: Final = ("done", "failed", "cancelled", "skipped")
 _NOT_BEGUN: Final = "-"
 
 
@@ -66,15 +68,20 @@ class _LiveTable:
 class _Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        #: by place: what waits for others has no task yet, and a fallback is a task of its own
         self._last: dict[int, tuple[str, int]] = {}
+        self._kinds: dict[int, str | None] = {}
 
     def update(self, snapshots: Sequence[TaskSnapshot]) -> None:
-        for snapshot in snapshots:
+        for place, snapshot in enumerate(snapshots):
+            if self._kinds.setdefault(place, snapshot.kind) != snapshot.kind:
+                print(f"{_label(snapshot)}: failed, falling back to {snapshot.kind}", file=self._stream, flush=True)
+                self._kinds[place] = snapshot.kind
             now = (snapshot.state, snapshot.attempts)
-            # Everything is queued at first; that is no news.
-            if now != self._last.get(snapshot.task_id, ("queued", snapshot.attempts)):
+            # Everything waits or is queued at first; that is no news.
+            if now != self._last.get(place) and snapshot.state not in ("waiting", "queued"):
                 print(_line(snapshot), file=self._stream, flush=True)
-            self._last[snapshot.task_id] = now
+            self._last[place] = now
 
 
 class _Silent:

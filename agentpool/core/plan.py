@@ -251,7 +251,6 @@ class PlanState:
         """The pool has no room for it now. It was not started."""
         node = self._leave(name)
         if node.state is NodeState.STOPPING:
-            self._stops = [stop for stop in self._stops if stop.name != name]
             self._settle(node, NodeState.SKIPPED)
             return
         node.state, node.not_before = NodeState.WAITING, now + POSTPONED_SECONDS
@@ -313,6 +312,8 @@ class PlanState:
         if node is None:
             raise InternalError(f"agent {name!r} of a plan ended without having been started")
         node.seen_bytes = None
+        if self._stops:  # it ended before it could be stopped
+            self._stops = [stop for stop in self._stops if stop.name != name]
         return node
 
     def _make_ready(self, node: _Node) -> None:

@@ -39,9 +39,9 @@ class Crashes(Agent):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class NeedsNothing(Agent):
-    def run(self, prompt: str) -> None:
-        """Lacks the keywords that an orchestrated agent is called with."""
+class NeedsMore(Agent):
+    def run(self, prompt: str, *, model: str) -> None:
+        """Has a keyword that the plan does not give it."""
 
 
 class Waits(Agent):
@@ -98,7 +98,7 @@ def test_default_path_and_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_agent_that_fails_costs_the_others_nothing(pool: AgentPool, tmp_path: Path) -> None:
     report = orchestrate_with_memory_management(
-        "x", path=tmp_path, agents=[Raises, Crashes, Fine, NeedsNothing, "security-analyst"], pool=pool
+        "x", path=tmp_path, agents=[Raises, Crashes, Fine, NeedsMore, "security-analyst"], pool=pool
     )
     raised, crashed, fine, wrong, security = report.agents
     assert not report.ok

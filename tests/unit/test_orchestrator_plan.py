@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agentpool.orchestrator import REVIEWERS, AgentOutcome, OrchestrationReport, Plan, plan
+from agentpool.orchestrator import REVIEWERS, AgentOutcome, AgentTry, OrchestrationReport, Plan, plan
 from agentpool_worker.agents.base import Agent
 from agentpool_worker.agents.rendering import jsonable, printable, render_result, shortened
 
@@ -151,8 +151,11 @@ class TestPaths:
 
 
 def outcome(**given: Any) -> AgentOutcome:
-    usual = {"name": "a", "kind": "a", "ok": True, "attempts": 1, "result": {"summary": "all well"}}
-    return AgentOutcome(**{**usual, **given})
+    """One that was run once; what it cost and its error, if any, are those of that try."""
+    names = ("attempts", "elapsed_seconds", "peak_rss_bytes", "error", "usage", "cost_usd")
+    tried = AgentTry(kind="a", **{"attempts": 1} | {name: given.pop(name) for name in names if name in given})
+    usual = {"name": "a", "kind": "a", "state": "failed" if tried.error else "succeeded", "tries": (tried,)}
+    return AgentOutcome(**{**usual, "result": None if tried.error else {"summary": "all well"}, **given})
 
 
 def report(*agents: AgentOutcome) -> OrchestrationReport:
@@ -167,12 +170,12 @@ FINDING = {"file": "a.py", "line": 3, "severity": "high", "confidence": "low", "
 class TestReport:
     def test_ok_only_when_every_agent_is(self) -> None:
         assert report(outcome(), outcome()).ok
-        assert not report(outcome(), outcome(ok=False, error="X")).ok
+        assert not report(outcome(), outcome(error="X")).ok
 
     def test_text_has_a_section_for_each_agent(self) -> None:
         text = report(
             outcome(name="one", elapsed_seconds=0.5, peak_rss_bytes=30 * 1024 * 1024),
-            outcome(name="two", ok=False, attempts=3, error="WorkerCrashedError: died\nof a signal"),
+            outcome(name="two", attempts=3, error="WorkerCrashedError: died\nof a signal"),
         ).to_text()
         assert "1 of 2 agents succeeded, in 1.23 s" in text
         assert "\none: ok (1 attempt, 0.50 s, peak memory 30 MB)\n  all well\n" in text
