@@ -23,12 +23,13 @@ class Breaker:
     """State, failures and holds.
 
     Rules: nothing starts while OPEN or FORCED_OPEN; HALF_OPEN admits one start, the probe, at a time; a hold keeps
-    the breaker open until it is released, whatever the time; only `reset` ends FORCED_OPEN. A probe stays the probe
+    the breaker open until it is released, whatever the time; FORCED_OPEN ends with `reset` or with the time that it was
+    ordered for, and so does being held closed. A probe stays the probe
     until it ended, whatever the breaker's state is by then: a hold that comes and goes admits no second one.
     """
 
-    __slots__ = ("_failure_reason", "_failures", "_open_seconds", "changes", "holds", "is_probing", "reason",
-                 "retry_at", "settings", "state")
+    __slots__ = ("_failure_reason", "_failures", "_open_seconds", "by_hand_until", "changes", "holds",
+                 "is_held_closed", "is_probing", "reason", "retry_at", "settings", "state")
 
     def __init__(self, settings: BreakerSettings) -> None:
         self.settings = settings
@@ -41,6 +42,10 @@ class Breaker:
         self.is_probing = False
         #: when OPEN becomes HALF_OPEN, holds permitting; -inf while no failed starts keep it from being closed
         self.retry_at = -math.inf
+        #: neither failed starts nor holds open it: somebody ordered so, for a time
+        self.is_held_closed = False
+        #: when what was ordered by hand is over; None: it lasts until `reset`, or there is nothing of that kind
+        self.by_hand_until: float | None = None
         #: (old, new, reason), taken by the scheduler for the listeners
         self.changes: list[tuple[BreakerState, BreakerState, str]] = []
         self._failures: deque[float] = deque()
@@ -91,7 +96,7 @@ class Breaker:
         if is_probe and self.state is _HALF_OPEN:
             self._open_seconds = min(self._open_seconds * 2, self.settings.max_open_seconds)
             self._open(now, f"the probe failed: {why}")
-        elif self.state is _CLOSED and count >= self.settings.failure_threshold:
+        elif self.state is _CLOSED and count >= self.settings.failure_threshold and not self.is_held_closed:
             self._open(now, f"{count} failed starts within {self.settings.window_seconds:g} s, last: {why}")
 
     def probe_abandoned(self) -> None:
@@ -104,7 +109,9 @@ class Breaker:
         self._move(_OPEN, reason)
 
     def hold(self, name: str, reason: str) -> None:
-        """Forbid starts until `release(name)`."""
+        """Forbid starts until `release(name)`. Nothing while it is held closed: what still applies comes again."""
+        if self.is_held_closed:
+            return
         is_new = self.holds.get(name) != reason
         self.holds[name] = reason
         if self.state in (_CLOSED, _HALF_OPEN):
@@ -129,26 +136,40 @@ class Breaker:
             self.reason = self._failure_reason
 
     def tick(self, now: float) -> None:
-        """OPEN becomes HALF_OPEN when its time is over and nothing holds it."""
+        """OPEN becomes HALF_OPEN when its time is over and nothing holds it. What was ordered for a time ends."""
+        if self.by_hand_until is not None and now >= self.by_hand_until:
+            self.reset()
         if self.state is _OPEN and not self.holds and now >= self.retry_at:
             self._move(_HALF_OPEN, "waiting time is over, and one worker is tried")
 
     def deadline(self) -> float | None:
         """When `tick` would change something; None: not by time."""
+        if self.by_hand_until is not None:
+            return self.by_hand_until
         return self.retry_at if self.state is _OPEN and not self.holds else None
 
-    def force_open(self, reason: str) -> None:
-        """Forbid all starts until `reset`."""
+    def force_open(self, reason: str, until: float | None = None) -> None:
+        """Forbid all starts until `reset`, or until that time, which does the same."""
         reason = reason or "forced open by hand"
+        self.is_held_closed = False
+        self.by_hand_until = until
         if self.state is _FORCED:
             self.reason = reason
         else:
             self._move(_FORCED, reason)
 
+    def hold_closed(self, until: float) -> None:
+        """Allow starts until that time, whatever fails and however little memory there is; then judge anew."""
+        self.reset()
+        self.is_held_closed = True
+        self.by_hand_until = until
+
     def reset(self) -> None:
-        """Close by hand and forget all failures. Holds that still apply open it again at the next reading."""
+        """Close, forget all failures and what was ordered. Holds that still apply open it again at the next reading."""
         self._failures.clear()
         self.holds.clear()
+        self.is_held_closed = False
+        self.by_hand_until = None
         self.retry_at = -math.inf
         self._open_seconds = self.settings.open_seconds
         if self.state is not _CLOSED:

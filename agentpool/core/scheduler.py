@@ -208,14 +208,22 @@ class Scheduler(Operations):
         """Start the floor (`min_workers`) without waiting for work."""
         self._is_dirty = True
 
-    def force_open(self, now: float, reason: str) -> None:
-        """Forbid all starts until `reset_breaker`."""
-        self.breaker.force_open(reason)
+    def force_open(self, now: float, reason: str, seconds: float | None = None) -> None:
+        """Forbid all starts until `reset_breaker`, or for so many seconds."""
+        self.breaker.force_open(reason, None if seconds is None else now + seconds)
         self._note_breaker(now)
+
+    def hold_closed(self, now: float, seconds: float) -> None:
+        """Allow starts for so many seconds, whatever the breaker would say."""
+        self.breaker.hold_closed(now + seconds)
+        self._breaker_was_closed(now)
 
     def reset_breaker(self, now: float) -> None:
         """Close the breaker by hand."""
         self.breaker.reset()
+        self._breaker_was_closed(now)
+
+    def _breaker_was_closed(self, now: float) -> None:
         self._spawn_not_before = now
         self._note_breaker(now)
         self._is_dirty = True

@@ -137,7 +137,7 @@ BREAKER_TRANSITIONS: Final[Mapping[BreakerState, Mapping[BreakerState, str]]] = 
         _B.OPEN: "the probe failed, or too little memory",
         _B.FORCED_OPEN: "force_open()",
     },
-    _B.FORCED_OPEN: {_B.CLOSED: "reset()"},
+    _B.FORCED_OPEN: {_B.CLOSED: "reset(), or the time that was ordered is over"},
 }
 
 _S = TypeVar("_S", bound=IntEnum)

@@ -383,19 +383,24 @@ class Manager:
         elif wait and threading.get_ident() != self._thread_id:
             thread.join()
 
-    def force_open(self, reason: str) -> None:
-        """Open the breaker by hand."""
-        with self._section() as now:
-            self._start_if_open()
-            self.core.force_open(now, reason)
-            self._take(now)
+    def force_open(self, reason: str, seconds: float | None = None) -> None:
+        """Open the breaker by hand; None: until it is reset."""
+        self._tell_breaker(lambda now: self.core.force_open(now, reason, seconds))
+
+    def hold_closed(self, seconds: float) -> None:
+        """Keep the breaker closed by hand for so long."""
+        self._tell_breaker(lambda now: self.core.hold_closed(now, seconds))
 
     def reset_breaker(self) -> None:
         """Close the breaker by hand."""
+        self._tell_breaker(self.core.reset_breaker)
+
+    def _tell_breaker(self, event: Event) -> None:
         with self._section() as now:
             self._start_if_open()
-            self.core.reset_breaker(now)
+            event(now)
             self._take(now)
+            self._wake_for_deadline()
 
     # -- what operators order: any thread ------------------------------------------------------------------------
 

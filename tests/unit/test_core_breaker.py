@@ -301,3 +301,49 @@ def test_every_transition_of_the_table_is_taken_above_and_no_other_is_possible()
             else:
                 with pytest.raises(InternalError, match=f"from {state.name} to {after.name}"):
                     breaker._move(after, "x")
+
+
+def test_forced_open_for_a_time_ends_with_it() -> None:
+    breaker = opened()
+    breaker.force_open("maintenance", until=100.0)
+    assert breaker.deadline() == 100.0
+    breaker.tick(99.9)
+    assert breaker.state is FORCED
+    breaker.tick(100.0)
+    assert breaker.state is CLOSED
+    assert breaker.deadline() is None
+    assert breaker.failure_count(100.0) == 0
+
+
+def test_forced_open_again_without_a_time_lasts() -> None:
+    breaker = make()
+    breaker.force_open("for a while", until=100.0)
+    breaker.force_open("for good")
+    assert breaker.deadline() is None
+    breaker.tick(1e6)
+    assert (breaker.state, breaker.reason) == (FORCED, "for good")
+
+
+def test_held_closed_neither_failures_nor_want_of_memory_open_it_until_its_time_is_over() -> None:
+    breaker = opened()
+    breaker.hold_closed(until=100.0)
+    fail(breaker, 10.0, 11.0, 12.0, 13.0)
+    breaker.hold("available", "host has 1 MB available")
+    assert breaker.state is CLOSED
+    assert breaker.allows_start()
+    assert breaker.deadline() == 100.0
+    breaker.tick(100.0)
+    assert not breaker.is_held_closed
+    assert breaker.state is CLOSED
+    breaker.hold("available", "host has 1 MB available")
+    assert breaker.state is OPEN
+
+
+@pytest.mark.parametrize("end", ["reset", "force_open"])
+def test_being_held_closed_ends_by_hand(end: str) -> None:
+    breaker = make()
+    breaker.hold_closed(until=100.0)
+    breaker.reset() if end == "reset" else breaker.force_open("enough")
+    assert not breaker.is_held_closed
+    assert breaker.deadline() is None
+    assert breaker.state is (CLOSED if end == "reset" else FORCED)
