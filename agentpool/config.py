@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 from agentpool.errors import SettingsError
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from agentpool.core.retry import RetryLike
 
 __all__ = ["MB", "BreakerSettings", "CpuPolicy", "PoolOptions", "PoolSettings", "TaskOptions", "TaskOptionsDict"]
@@ -142,6 +144,7 @@ class PoolOptions(TypedDict, total=False):
     cwd: str | None
     core_dumps: bool
     data_limit_mb: float | None
+    control: bool | str | PathLike[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +185,9 @@ class PoolSettings:
     data_limit_mb: RLIMIT_DATA of each worker and of each process that its task starts. The kernel holds it exactly, at
         the instant of the allocation: a Python task gets a MemoryError. It counts what is allocated, touched or not, so
         that programs that reserve much and use little break under it: None, the default, sets none.
+    control: whether the pool can be operated by this user's other processes (`agentpool ps`, `top`, ...) through a
+        socket that it opens 50 ms after its first task; a path: the folder for it, in place of
+        $XDG_RUNTIME_DIR/agentpool or /tmp/agentpool-UID. A pool that can have no socket works without.
     """
 
     max_workers: int = DEFAULT_MAX_WORKERS
@@ -214,6 +220,7 @@ class PoolSettings:
     cwd: str | None = None
     core_dumps: bool = False
     data_limit_mb: float | None = None
+    control: bool | str = True
 
     def __post_init__(self) -> None:
         _whole("max_workers", self.max_workers, least=1)
@@ -243,6 +250,9 @@ class PoolSettings:
         _check(self.cwd is None or (isinstance(self.cwd, str) and "\0" not in self.cwd),
                f"cwd must be a path as a string, got {self.cwd!r}")
         _check(isinstance(self.core_dumps, bool), f"core_dumps must be True or False, got {self.core_dumps!r}")
+        _check(isinstance(self.control, bool) or (isinstance(self.control, str) and self.control != "" and
+                                                  "\0" not in self.control),
+               f"control must be True, False or the path of a folder, got {self.control!r}")
         _check(isinstance(self.breaker, BreakerSettings),
                f"breaker must be a BreakerSettings(...), got {self.breaker!r}")
         self._check_together()
@@ -305,6 +315,8 @@ class PoolSettings:
         hard_mb = given.get("hard_memory_limit_mb")
         if isinstance(hard_mb, (int, float)) and 0 < hard_mb < DEFAULT_MEMORY_LIMIT_MB:
             given.setdefault("memory_limit_mb", hard_mb)
+        if hasattr(given.get("control"), "__fspath__"):
+            given["control"] = given["control"].__fspath__()
         for name in ("preload", "env_allow"):
             if isinstance(given.get(name), (list, set, frozenset)):
                 given[name] = tuple(given[name])

@@ -9,8 +9,10 @@ import itertools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,14 @@ from agentpool_worker import protocol
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
+    from agentpool.control.server import Operator
+    from agentpool.runtime.door import Control
+
 __all__ = ["AgentPool", "PoolView", "get_agent_pool", "get_circuit_breaker"]
 
 _pool_numbers = itertools.count(1)
+#: Tell the pools of one process apart, whatever their names.
+_serials = itertools.count(1)
 
 
 class AgentPool(Submitting, Operating):
@@ -81,6 +88,10 @@ class AgentPool(Submitting, Operating):
             raise pickling_error(error, initializer, initargs, {}) from error
         self._manager = Manager(settings_, init, self.name)
         self.breaker = ResourceCircuitBreaker(self)
+        if self.settings.control:
+            self._manager.door.opener = partial(
+                _open_control, weakref.ref(self), self.settings.control, next(_serials)
+            )
         lifecycle.register(self, self._manager)
         if settings_.min_workers:
             self._manager.start()
@@ -188,6 +199,28 @@ class PoolView(Submitting):
     def __repr__(self) -> str:
         given = {name: value for name, value in asdict(self._options).items() if value is not None}
         return f"<{type(self).__name__} of {self._pool.name} {given}>"
+
+
+def _open_control(pool: weakref.ref[AgentPool], place: bool | str, serial: int) -> Control:
+    """The pool's control socket, in the folder that was named or the first that can be had. Raises OSError."""
+    from agentpool.control import folder
+    from agentpool.control.server import ControlServer
+
+    def make_operator() -> Operator:
+        from agentpool.control.verbs import PoolOperator  # with the first client only
+
+        return PoolOperator(pool, f"{os.getpid()}-{serial}")
+
+    failure = OSError("no folder")
+    for path in folder.usable() if place is True else [str(place)]:
+        try:
+            return ControlServer(path, serial, make_operator)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _start_method(context: Any) -> str:

@@ -36,6 +36,8 @@ __all__ = ["Channel"]
 
 #: What is kept of a worker's standard error, in bytes.
 STDERR_TAIL: Final = 4096
+#: What is kept of it for those who ask what a worker writes, from the end.
+STDERR_KEPT: Final = 64 * 1024
 #: Read from one worker in one turn, in bytes, so that one flood does not starve the others.
 _TURN: Final = 4 * 1024 * 1024
 #: A read that brings less than a pipe holds has emptied it.
@@ -86,6 +88,8 @@ class Channel:
         self.results_fd = self._results.fileno()
         self.stderr_fd = self._stderr.fileno()
         self.stderr_tail = b""
+        #: the last of its standard error, and how many bytes came in all; one value, as another thread looks at it
+        self._stderr_kept = (b"", 0)
         self._reader = FrameReader()
         self._received = 0
         #: bytes, or views of bytes
@@ -258,7 +262,14 @@ class Channel:
             return b""
         if data:
             self.stderr_tail = (self.stderr_tail + data)[-STDERR_TAIL:]
+            kept, count = self._stderr_kept
+            self._stderr_kept = ((kept + data)[-STDERR_KEPT:], count + len(data))
         return data
+
+    def stderr_since(self, position: int) -> tuple[bytes, int]:
+        """What came after so many bytes, as far as it is kept, and how many came in all. Any thread."""
+        kept, count = self._stderr_kept
+        return kept[max(0, len(kept) - max(0, count - position)) :], count
 
     def close(self) -> None:
         """Give back all descriptors and the page. May be called twice."""

@@ -36,6 +36,7 @@ from agentpool.errors import (
 from agentpool.io.channel import Channel
 from agentpool.io.reactor import Reactor
 from agentpool.runtime import interrupts, lifecycle
+from agentpool.runtime.door import Door
 from agentpool.runtime.links import Link
 from agentpool.runtime.reception import Event, Reception
 
@@ -102,6 +103,8 @@ class Manager:
         self._open: dict[int, TaskRecord] = {}
         lifecycle.fill_standard_descriptors()
         self._reactor = Reactor()
+        #: to the control socket, where the pool is to have one
+        self.door = Door(name, self._reactor)
         self._reception = Reception(self.core, self._reactor)
         self._staff = self._reception.staff
         self._host: HostSampler | None = None
@@ -473,6 +476,7 @@ class Manager:
         self.lock = threading.Lock()
         self._room = threading.Condition(self.lock)
         self._staff.abandon()
+        self.door.abandon()
         self._reactor.close()
 
     # -- under the lock ------------------------------------------------------------------------------------------
@@ -517,6 +521,7 @@ class Manager:
 
     def _run(self) -> None:
         self._thread_id = threading.get_ident()
+        self.door.open_soon()
         try:
             while not self._is_finished:
                 self._turn()
@@ -539,6 +544,8 @@ class Manager:
         if stderr.is_waiting:
             seconds = _STDERR_RETRY if seconds is None else min(seconds, _STDERR_RETRY)
             self._reception.push_stderr()
+        if self.door.is_due:
+            seconds = self.door.wait_or_open(seconds)
         for callback in self._reactor.wait(seconds):
             callback()
         late_kills = self._prepare_late_kills() if self._late_kills else ()
@@ -566,6 +573,15 @@ class Manager:
         said, self._reception.said = self._reception.said, []
         for handle, attempt, payloads, dropped in said:
             cast(Call, handle).receive_events(attempt, payloads, dropped)
+
+    def open_tasks(self) -> Iterator[TaskRecord]:
+        """Under the lock, which must be held on: what was accepted and is not over, oldest first."""
+        return iter(self._open.values())
+
+    def channels(self) -> dict[int, Channel]:
+        """Each worker's channel, for its standard error."""
+        with self.lock:
+            return {worker: link.channel for worker, link in self._staff.links.items()}
 
     def _prepare_late_kills(self) -> list[tuple[TaskRecord, TaskKilledError]]:
         late_kills, self._late_kills = self._late_kills, []
@@ -705,6 +721,7 @@ class Manager:
 
     def _finish(self) -> None:
         self._is_finished = True
+        self.door.close()
         self._reception.stderr.drain()
         self._staff.close()
         self._reactor.close()

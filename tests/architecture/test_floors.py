@@ -1,7 +1,7 @@
 """The floors of the house: imports go downwards only. Static: the source is parsed, nothing is imported.
 
     agentpool_worker < errors, config, events < core | io (which do not know each other) < runtime
-    < pool, futures, streams, breaker, monitor < orchestrator < the package's own __init__ < cli
+    < pool, futures, streams, breaker, monitor, control < orchestrator < the package's own __init__ < cli
     testing stands beside, and nobody imports it
 
 An import inside a function counts like any other. What stands under `if TYPE_CHECKING:` does not count, as nothing is
@@ -36,6 +36,7 @@ FLOORS = {
     "agentpool.futures": 4,
     "agentpool.streams": 4,
     "agentpool.monitor": 4,
+    "agentpool.control": 4,
     "agentpool.orchestrator": 5,
     "agentpool": 6,  # the public names: may look at all that it names, and nobody below may look at it
     "agentpool.__main__": 7,
@@ -246,9 +247,13 @@ def _environment_readings(tree: ast.AST) -> Iterator[int]:
             yield from (node.lineno for alias in node.names if alias.name in ENVIRONMENT)
 
 
+#: The command line, tests, and what has to know where this session's sockets belong: docs/decisions/0046.
+READS_THE_ENVIRONMENT = ("agentpool.cli", "agentpool.testing", "agentpool.control.folder")
+
+
 def test_only_the_command_line_reads_the_environment() -> None:
     wrong = [f"{name}:{line} reads the environment" for name, tree in TREES.items()
-             if name.startswith("agentpool.") and not name.startswith(("agentpool.cli", "agentpool.testing"))
+             if name.startswith("agentpool.") and not name.startswith(READS_THE_ENVIRONMENT)
              for line in _environment_readings(tree)]
     assert not wrong
 

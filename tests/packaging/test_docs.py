@@ -38,7 +38,7 @@ DOCS = ROOT / "docs"
 RECORDS = sorted((DOCS / "decisions").glob("*.md"))
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *RECORDS]
 #: Pages without an example would mean that none was found.
-SHOWING = {"README.md", "guide.md", "migration.md"}
+SHOWING = {"README.md", "guide.md", "migration.md", "operations.md"}
 #: Seconds for one example.
 LIMIT = 60
 
