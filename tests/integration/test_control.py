@@ -140,6 +140,67 @@ def test_the_breaker_is_opened_for_a_time_held_closed_and_reset(
     wait_until(lambda: client.call("breaker")["state"] == "closed", "it stays open beyond its time")
 
 
+def test_a_pause_holds_back_what_has_not_begun_until_it_is_resumed(
+    make_pool: MakePool, place: str, find: Callable[[], FoundPool]
+) -> None:
+    pool = make_pool(1, control=place)
+    pool.submit(pid_of_worker).result()
+    with find().connect() as client:
+        assert client.call("pause") == {"paused": True}
+        future = pool.submit(pid_of_worker)
+        assert client.call("stats")["is_paused"] is True
+        assert client.call("tasks")["tasks"][0]["state"] == "queued"
+        assert not future.done()
+        assert client.call("resume") == {"paused": False}
+        assert future.result(20) > 0
+
+
+def test_a_drain_refuses_what_is_new_and_says_what_is_left(
+    make_pool: MakePool, place: str, find: Callable[[], FoundPool], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    pool = make_pool(1, control=place)
+    end = str(tmp_path / "end")
+    future = pool.submit(wait_for, end)
+    with find().connect() as client:
+        assert client.call("drain") == {"unfinished": 1}
+        with pytest.raises(RuntimeError, match="draining"):
+            pool.submit(pid_of_worker)
+        Path(end).touch()
+        assert future.result(20) > 0
+        wait_until(lambda: client.call("drain") == {"unfinished": 0}, "it is not drained")
+        client.call("resume")
+        assert pool.submit(pid_of_worker).result(20) > 0
+
+
+def test_workers_are_recycled_killed_and_resized(
+    make_pool: MakePool, place: str, find: Callable[[], FoundPool], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    pool = make_pool(2, control=place)
+    first = pool.submit(pid_of_worker).result()
+    with find().connect() as client:
+        (worker,) = client.call("workers")
+        assert client.call("recycle", worker=worker["id"]) == {"recycled": 1}
+        assert pool.submit(pid_of_worker).result(20) != first
+        wait_until(lambda: [each["status"] for each in client.call("workers")] == ["idle"], "it did not go")
+        assert client.call("recycle") == {"recycled": 1}
+        future = pool.submit(wait_for, str(tmp_path / "never"))
+        wait_until(future.running, "it does not run")
+        busy = next(each["id"] for each in client.call("workers") if each["status"] == "busy")
+        assert client.call("kill", worker=busy, reason="it eats the disk") == {"killed": True}
+        assert "it eats the disk" in str(future.exception(20))
+        assert client.call("resize", workers=3, concurrent=1) == {"max_workers": 3, "max_concurrent": 1}
+        assert pool.submit(pid_of_worker).result(20) > 0
+        with pytest.raises(ControlError, match="never had a worker 999") as caught:
+            client.call("kill", worker=999)
+        assert caught.value.code == "no-such-worker"
+        with pytest.raises(ControlError, match="kill needs worker") as caught:
+            client.call("kill")
+        assert caught.value.code == "bad-argument"
+        with pytest.raises(ControlError) as caught:
+            client.call("resize")
+        assert caught.value.code == "bad-argument"
+
+
 def test_shutdown_stops_everything_and_names_the_reason(
     make_pool: MakePool, place: str, find: Callable[[], FoundPool], tmp_path: Path, wait_until: Callable[..., None]
 ) -> None:
