@@ -173,7 +173,7 @@ class PoolOperator:
             now = time.monotonic()
             running = [worker.running for worker in manager.core.workers.values() if worker.running is not None]
             known = {task.id for task in running}
-            others = (task for task in chain(manager.open_tasks(), manager.inbox) if task.id not in known)
+            others = (task for task in chain(manager.open_tasks(), list(manager.inbox)) if task.id not in known)
             shown = [_task(task, now) for task in (*running[:most], *islice(others, max(0, most - len(running))))]
             total = manager.core.unresolved + manager.left
         return {"tasks": shown, "total": total}

@@ -63,7 +63,7 @@ class Door:
             self.is_due = True
 
     def wait_or_open(self, seconds: float | None) -> float | None:
-        """Open it when it is time. Returns how long to wait for events, at most `seconds`, so that it is opened then."""
+        """Open it when it is time. Returns how long to wait for events: `seconds`, or less, to open it then."""
         left = self._due - time.monotonic()
         if left > 0:
             return left if seconds is None else min(seconds, left)
