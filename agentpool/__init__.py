@@ -39,7 +39,7 @@ from agentpool.errors import (
 
 if TYPE_CHECKING:
     from agentpool.breaker import ResourceCircuitBreaker
-    from agentpool.config import BreakerSettings, PoolSettings
+    from agentpool.config import BreakerSettings, HostBudget, PoolSettings
     from agentpool.core.retry import Escalate, RetryPolicy
     from agentpool.futures import AgentFuture, TaskSnapshot
     from agentpool.monitor import ResourceMonitor, get_resource_monitor
@@ -58,6 +58,7 @@ __all__ = [
     "CircuitOpenError",
     "Escalate",
     "ForkedPoolError",
+    "HostBudget",
     "InitializerError",
     "InternalError",
     "MemoryLimitError",
@@ -96,6 +97,7 @@ _LAZY = {
     "AgentPool": "agentpool.pool",
     "BreakerSettings": "agentpool.config",
     "Escalate": "agentpool.core.retry",
+    "HostBudget": "agentpool.config",
     "PoolSettings": "agentpool.config",
     "PoolView": "agentpool.pool",
     "ResourceCircuitBreaker": "agentpool.breaker",

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from agentpool.core.retry import RetryLike
 
-__all__ = ["MB", "BreakerSettings", "CpuPolicy", "PoolOptions", "PoolSettings", "TaskOptions", "TaskOptionsDict"]
+__all__ = ["MB", "BreakerSettings", "CpuPolicy", "HostBudget", "PoolOptions", "PoolSettings", "Scope", "TaskOptions",
+           "TaskOptionsDict"]
 
 MB: Final = 1024 * 1024
 
@@ -32,6 +33,8 @@ IDEMPOTENT_ATTEMPTS: Final = 3
 #: A task that killed this many workers is quarantined.
 QUARANTINE_AFTER: Final = 3
 
+#: A host's budget has no more agents than this.
+MOST_SLOTS: Final = 4096
 #: No setting is larger: 30,000 years, or more memory than any machine has.
 _LARGEST: Final = 1e12
 
@@ -39,6 +42,7 @@ CpuPolicy = Literal["report", "throttle"]
 StartMethod = Literal["fork", "spawn"]
 MemoryMetric = Literal["rss", "pss", "uss"]
 Victim = Literal["task", "tool"]
+Scope = Literal["pool", "host"]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -113,6 +117,29 @@ class BreakerSettings:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBudget:
+    """What all pools of this user with `scope="host"` may use together.
+
+    agents: tasks that run at once, whichever pool runs them. memory_mb: memory of all these pools' workers above which
+    no further task starts anywhere while another one runs; None: not limited. What a task is expected to need counts
+    as if it used it already. directory: where the pools meet, private to the user; None: `agentpool` in the user's
+    runtime directory. Pools with different budgets share the slots that both have: the greater one may fill the rest.
+    """
+
+    agents: int = 2
+    memory_mb: float | None = 800.0
+    directory: str | None = None
+
+    def __post_init__(self) -> None:
+        _whole("agents of the host's budget", self.agents, least=1)
+        _check(self.agents <= MOST_SLOTS,
+               f"agents of the host's budget must be at most {MOST_SLOTS}, got {self.agents}")
+        _positive("memory_mb of the host's budget", self.memory_mb, none=True)
+        _check(self.directory is None or (isinstance(self.directory, str) and self.directory.startswith("/")),
+               f"directory of the host's budget must be an absolute path, got {self.directory!r}")
+
+
 class PoolOptions(TypedDict, total=False):
     """The keyword settings of `AgentPool`; see `PoolSettings` for meaning, units and defaults."""
 
@@ -145,6 +172,8 @@ class PoolOptions(TypedDict, total=False):
     core_dumps: bool
     data_limit_mb: float | None
     control: bool | str | PathLike[str]
+    scope: Scope
+    budget: HostBudget | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +217,9 @@ class PoolSettings:
     control: whether the pool can be operated by this user's other processes (`agentpool ps`, `top`, ...) through a
         socket that it opens 50 ms after its first task; a path: the folder for it, in place of
         $XDG_RUNTIME_DIR/agentpool or /tmp/agentpool-UID. A pool that can have no socket works without.
+    scope: "pool": this pool's limits are all there is. "host": all pools of this user with that scope share one budget
+        of running tasks and of memory, and wait for their turn.
+    budget: that budget, see `HostBudget`; given, the scope is "host".
     """
 
     max_workers: int = DEFAULT_MAX_WORKERS
@@ -221,6 +253,8 @@ class PoolSettings:
     core_dumps: bool = False
     data_limit_mb: float | None = None
     control: bool | str = True
+    scope: Scope = "pool"
+    budget: HostBudget | None = None
 
     def __post_init__(self) -> None:
         _whole("max_workers", self.max_workers, least=1)
@@ -255,7 +289,17 @@ class PoolSettings:
                f"control must be True, False or the path of a folder, got {self.control!r}")
         _check(isinstance(self.breaker, BreakerSettings),
                f"breaker must be a BreakerSettings(...), got {self.breaker!r}")
+        self._check_scope()
         self._check_together()
+
+    def _check_scope(self) -> None:
+        _check(self.scope in ("pool", "host"), f"scope must be 'pool' or 'host', got {self.scope!r}")
+        _check(self.budget is None or isinstance(self.budget, HostBudget),
+               f"budget must be a HostBudget(...), got {self.budget!r}")
+        _check(self.budget is None or self.scope == "host",
+               "a budget is shared by the pools of scope='host', and this one has scope='pool': leave one of them out")
+        if self.scope == "host" and self.budget is None:
+            object.__setattr__(self, "budget", HostBudget())
 
     def _check_together(self) -> None:
         _check(self.min_workers <= self.max_workers,
@@ -317,6 +361,8 @@ class PoolSettings:
             given.setdefault("memory_limit_mb", hard_mb)
         if hasattr(given.get("control"), "__fspath__"):
             given["control"] = given["control"].__fspath__()
+        if given.get("budget") is not None:
+            given.setdefault("scope", "host")
         for name in ("preload", "env_allow"):
             if isinstance(given.get(name), (list, set, frozenset)):
                 given[name] = tuple(given[name])

@@ -21,7 +21,11 @@ __all__ = [
     "Collect",
     "Dispatch",
     "DumpStack",
+    "GiveSlots",
     "Kill",
+    "LeaveBudget",
+    "LookAtBudget",
+    "PublishShare",
     "Resolve",
     "Retire",
     "Revoke",
@@ -30,6 +34,7 @@ __all__ = [
     "SampleWorker",
     "Spawn",
     "StopTool",
+    "TakeSlots",
     "Warn",
 ]
 
@@ -154,6 +159,48 @@ class RoomFreed(_Record):
     __slots__ = ()
 
 
+class LookAtBudget(_Record):
+    """Publish this pool's share, tell the other pools where `is_loud`, and look at theirs; answer `budget_seen`."""
+
+    __slots__ = __match_args__ = ("is_loud",)
+
+    def __init__(self, is_loud: bool) -> None:
+        self.is_loud = is_loud
+
+
+class PublishShare(_Record):
+    """Publish this pool's share of the host's budget, and tell the other pools where `is_loud`."""
+
+    __slots__ = __match_args__ = ("is_loud",)
+
+    def __init__(self, is_loud: bool) -> None:
+        self.is_loud = is_loud
+
+
+class TakeSlots(_Record):
+    """Take these slots of the host's budget, as far as they are free; answer `slots_taken`."""
+
+    __slots__ = __match_args__ = ("slots",)
+
+    def __init__(self, slots: tuple[int, ...]) -> None:
+        self.slots = slots
+
+
+class GiveSlots(_Record):
+    """Give these slots back, and tell the other pools."""
+
+    __slots__ = __match_args__ = ("slots",)
+
+    def __init__(self, slots: tuple[int, ...]) -> None:
+        self.slots = slots
+
+
+class LeaveBudget(_Record):
+    """This pool holds nothing and waits for nothing: let go of whatever tells the others of it."""
+
+    __slots__ = ()
+
+
 class BreakerChanged(_Record):
     """Tell the breaker's listeners."""
 
@@ -182,5 +229,6 @@ class Close(_Record):
 
 Action: TypeAlias = (
     Dispatch | Resolve | Spawn | Retire | Kill | AskToStop | DumpStack | StopTool | Revoke | Collect | SampleWorker
-    | SampleHost | RoomFreed | BreakerChanged | Warn | Close
+    | SampleHost | RoomFreed | LookAtBudget | PublishShare | TakeSlots | GiveSlots | LeaveBudget | BreakerChanged | Warn
+    | Close
 )

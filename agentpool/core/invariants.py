@@ -156,6 +156,19 @@ def the_throttle_holds(scheduler: Scheduler) -> Iterator[str]:
         yield f"{scheduler.active} tasks run, {scheduler.overhang} of them from before; max_concurrent is {most}"
 
 
+def a_pool_runs_no_more_than_it_has_slots(scheduler: Scheduler) -> Iterator[str]:
+    """Where the host's budget is shared: running tasks <= slots held, and no slot has a number beyond the budget."""
+    share = scheduler.share
+    if share is None:
+        return
+    if scheduler.active > len(share.held):
+        yield f"{scheduler.active} tasks run in {len(share.held)} slots"
+    if scheduler.concurrency > len(share.held):
+        yield f"concurrency is {scheduler.concurrency} with {len(share.held)} slots"
+    if not share.unused <= share.held.keys() or any(not 0 <= slot < share.agents for slot in share.held):
+        yield f"slots {sorted(share.held)}, unused {sorted(share.unused)}, of {share.agents}"
+
+
 def what_runs_alone_is_alone(scheduler: Scheduler) -> Iterator[str]:
     """While a task runs that its retry policy wants alone, nothing else does."""
     alone = scheduler.alone
@@ -318,6 +331,7 @@ RULES: Final[tuple[Rule, ...]] = (
     limits_have_timers,
     the_pool_keeps_its_size,
     the_throttle_holds,
+    a_pool_runs_no_more_than_it_has_slots,
     what_runs_alone_is_alone,
     the_bound_holds,
     numbers_agree_with_workers,

@@ -10,7 +10,7 @@ workers and of the machine are in `crew` and `upkeep`.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from agentpool.config import PoolSettings
 from agentpool.core import failures, recycling
@@ -27,6 +27,9 @@ from agentpool.core.placement import (
 from agentpool.core.records import StopCause, TaskRecord, WorkerRecord
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
 from agentpool.errors import PoolClosedError, QueueFullError
+
+if TYPE_CHECKING:
+    from agentpool.core.budget import Share
 
 __all__ = ["Scheduler"]
 
@@ -45,6 +48,8 @@ class Scheduler(Operations):
 
     def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
         super().__init__(settings, seed=seed)
+        #: of the host's budget: see `host_scheduler`
+        self.share: Share | None = None
         #: workers that have just ended a call; looked at, and forgotten, with the next `take_actions`
         self._hungry: list[WorkerRecord] = []
         self._durations = Durations()

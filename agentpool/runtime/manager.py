@@ -42,6 +42,7 @@ from agentpool.runtime.reception import Event, Reception
 
 if TYPE_CHECKING:
     from agentpool.io.host import HostSampler
+    from agentpool.runtime.budget import Clerk
     from agentpool_worker.protocol import Payload
 
 __all__ = ["Call", "Manager"]
@@ -79,6 +80,14 @@ class Call(Protocol):
         """The running task said this; so many events of this attempt were lost in the worker."""
 
 
+def _make_core(settings: PoolSettings, seed: int) -> Scheduler:
+    if settings.budget is None:
+        return Scheduler(settings, seed=seed)
+    from agentpool.core.host_scheduler import HostScheduler
+
+    return HostScheduler(settings, seed=seed)
+
+
 class Manager:
     """See the module. One per pool; starts its thread with the first task."""
 
@@ -87,7 +96,7 @@ class Manager:
     ) -> None:
         self.name = name
         self.lock = threading.Lock()
-        self.core = Scheduler(settings, seed=seed)
+        self.core = _make_core(settings, seed)
         self.listeners: list[Callable[[str, str, str], None]] = []
         self.started_at = time.monotonic()
         self._initializer = initializer
@@ -97,7 +106,7 @@ class Manager:
         #: tasks that were submitted while nobody was free, without the lock; the core does not know them yet
         self._inbox: deque[TaskRecord] = deque()
         #: tasks may be left there: there is no bound to wait for, and the pool is open
-        self._takes_unlocked = settings.max_pending is None
+        self._takes_unlocked = self._may_take_unlocked()
         self._late_kills: list[tuple[TaskRecord, TaskKilledError]] = []
         #: accepted and not settled; what the handler of last resort fails
         self._open: dict[int, TaskRecord] = {}
@@ -107,6 +116,7 @@ class Manager:
         self.door = Door(name, self._reactor)
         self._reception = Reception(self.core, self._reactor)
         self._staff = self._reception.staff
+        self._clerk = self._make_clerk()
         self._host: HostSampler | None = None
         self._sleeps_until = 0.0
         self._thread: threading.Thread | None = None
@@ -117,6 +127,24 @@ class Manager:
         #: a thread is changing the core; seen by another one that has the lock: a signal's exception tore that change
         self._is_inside = False
         self._stop_reason = ""
+
+    def _may_take_unlocked(self) -> bool:
+        """There is no bound to wait for, and no slot: while a pool holds none, nothing ends that would collect tasks."""
+        return self.core.settings.max_pending is None and self.core.settings.budget is None
+
+    def _make_clerk(self) -> Clerk | None:
+        """Who sees to this pool's share of the host's budget; None: it has none."""
+        if self.core.settings.budget is None:
+            return None
+        from agentpool.core.host_scheduler import HostScheduler
+        from agentpool.runtime.budget import Clerk
+
+        assert isinstance(self.core, HostScheduler)
+        try:
+            return Clerk(self.core, self.name, self._reactor, self._feed, self._reception.tell_later)
+        except BaseException:  # a directory that cannot be used
+            self._reactor.close()
+            raise
 
     # -- any thread ----------------------------------------------------------------------------------------------
 
@@ -445,7 +473,7 @@ class Manager:
         """Begin what waits, and accept tasks again."""
         def resumed(now: float) -> None:
             self.core.resume(now)
-            self._takes_unlocked = self.core.settings.max_pending is None
+            self._takes_unlocked = self._may_take_unlocked()
 
         self.order_open(resumed)
 
@@ -477,6 +505,8 @@ class Manager:
         self._room = threading.Condition(self.lock)
         self._staff.abandon()
         self.door.abandon()
+        if self._clerk is not None:
+            self._clerk.abandon()
         self._reactor.close()
 
     # -- under the lock ------------------------------------------------------------------------------------------
@@ -620,6 +650,9 @@ class Manager:
                 log.warning("%s", message)
             case act.Close():
                 self._finish()
+            case (act.LookAtBudget() | act.PublishShare() | act.TakeSlots() | act.GiveSlots() | act.LeaveBudget()):
+                assert self._clerk is not None
+                self._clerk.perform(action)
             case act.Retire() | act.Kill() | act.AskToStop() | act.DumpStack() | act.StopTool() | act.Revoke() | (
                 act.Collect()
             ):
@@ -724,6 +757,8 @@ class Manager:
         self.door.close()
         self._reception.stderr.drain()
         self._staff.close()
+        if self._clerk is not None:
+            self._clerk.close()
         self._reactor.close()
 
     def _fail(self, error: BaseException) -> None:

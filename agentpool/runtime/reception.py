@@ -59,6 +59,10 @@ class Reception:
         """There is something to tell the core."""
         return bool(self._events)
 
+    def tell_later(self, event: Event) -> None:
+        """Have the core told of this with the next turn, behind what arrived before."""
+        self._events.append(event)
+
     def tell_core(self, now: float) -> None:
         """Under the lock: feed what arrived, in order."""
         events, self._events = self._events, []

@@ -59,6 +59,7 @@ def pool_stats(manager: Manager) -> dict[str, Any]:
             "waiting_to_retry": len(core.waiting),
             "memory_mb": round(core.pool_bytes / MB, 1),
             "uptime_seconds": round(now - manager.started_at, 1),
+            "host_budget": _host_budget(manager),
             "thresholds": _thresholds(manager),
             "counters": asdict(core.counters) | {"submitted": core.counters.submitted + manager.left},
             "workers": workers,
@@ -123,6 +124,20 @@ def _worker_stats(worker: WorkerRecord, now: float) -> dict[str, Any]:
         "memory_limit_mb": None if worker.limit_bytes is None else round(worker.limit_bytes / MB, 1),
         "cpu_seconds": round(worker.cpu_seconds, 2),
         "agent_kinds": sorted(worker.warm_kinds),
+    }
+
+
+def _host_budget(manager: Manager) -> dict[str, Any] | None:
+    """This pool's share of the budget of all pools of the user; None: it has none."""
+    budget = manager.core.settings.budget
+    share = manager.core.share
+    if budget is None or share is None:
+        return None
+    return {
+        "agents": budget.agents,
+        "memory_mb": budget.memory_mb,
+        "slots": len(share.held),
+        "waits_for": "" if share.ticket is None else share.waits_for or "a slot",
     }
 
 

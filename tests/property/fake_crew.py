@@ -14,6 +14,8 @@ from typing import Any
 
 from agentpool.config import MB, PoolSettings
 from agentpool.core import actions as act
+from agentpool.core.budget import Member, View
+from agentpool.core.host_scheduler import HostScheduler
 from agentpool.core.invariants import check
 from agentpool.core.records import HostState, TaskRecord, TaskSpec, TreeState, WorkerExit, WorkerRecord
 from agentpool.core.scheduler import Scheduler
@@ -56,7 +58,13 @@ class World:
 
     def __init__(self, settings: PoolSettings, seed: int = 0) -> None:
         self.now = 0.0
-        self.core = Scheduler(settings, seed=seed)
+        self.core = Scheduler(settings, seed=seed) if settings.budget is None else HostScheduler(settings, seed=seed)
+        #: of the host's budget: what this pool has, and what imaginary others have
+        self.own_slots: set[int] = set()
+        self.others_slots: set[int] = set()
+        self.other_waits = False
+        self.others_bytes = 0
+        self.is_look_wanted = False
         self.processes: list[Process] = []
         self.tasks: list[TaskRecord] = []
         self.outcomes: dict[int, object] = {}
@@ -128,7 +136,18 @@ class World:
                 self.closes += 1
             case act.Warn(message):
                 self.warnings.append(message)
-            case act.BreakerChanged() | act.DumpStack():
+            case act.LookAtBudget():
+                self.is_look_wanted = True
+            case act.TakeSlots(slots):
+                got = tuple(slot for slot in slots if slot not in self.others_slots)
+                assert not self.own_slots.intersection(got), "it has that slot"
+                self.own_slots.update(got)
+                self._host().slots_taken(self.now, got)
+                self.settle_down()
+            case act.GiveSlots(slots):
+                assert self.own_slots.issuperset(slots), "that is not its own"
+                self.own_slots.difference_update(slots)
+            case act.BreakerChanged() | act.DumpStack() | act.PublishShare() | act.LeaveBudget():
                 pass
 
     def _alive(self, worker: WorkerRecord) -> list[Process]:
@@ -239,6 +258,7 @@ class World:
         assert task.spec.policy is not None or self.begun[task.id] == 1, f"{task!r} began twice, and may not"
         running = sum(1 for other in self.living if other.current is not None)
         assert running <= self.core.concurrency + self.core.overhang, f"{running} tasks run"
+        assert self.core.settings.budget is None or running <= len(self.own_slots), f"{running} run in {self.own_slots}"
 
     def revoke(self, worker: WorkerRecord, *, only: TaskRecord | None = None, may_collide: bool = True) -> None:
         """Take back what the process has not begun. At the very next one both sides may collide: then it tells."""
@@ -295,6 +315,27 @@ class World:
                                 WorkerExit(exit_code=exit_code, began=began, keeper_lost=keeper_lost))
         self.settle_down()
 
+    # -- the other pools of the host -----------------------------------------------------------------------------
+
+    def _host(self) -> HostScheduler:
+        assert isinstance(self.core, HostScheduler)
+        return self.core
+
+    def ring(self) -> None:
+        """Something changed at another pool."""
+        self._host().budget_rang(self.now)
+        self.settle_down()
+
+    def answer_look(self) -> None:
+        """The pool sees what the others do. They came later, so that it is its turn when there is a slot."""
+        self.is_look_wanted = False
+        ticket = self.now + 1 if self.other_waits else None
+        other = Member(id="other", agents=self._host().share.agents, slots=tuple(self.others_slots),
+                       committed_bytes=self.others_bytes, ticket=ticket, wants_memory=self.other_waits)
+        members = (other,) if self.others_slots or self.other_waits else ()
+        self._host().budget_seen(self.now, View(own_id="me", taken=frozenset(self.others_slots), members=members))
+        self.settle_down()
+
     # -- what is measured ----------------------------------------------------------------------------------------
 
     def answer_sample(self, rss_bytes: int | None) -> None:
@@ -349,6 +390,15 @@ class World:
             rounds = rounds + 1 if len(self.outcomes) == resolved else 0
             resolved = len(self.outcomes)
 
+    def be_modest(self) -> None:
+        """The other pools give back what they have."""
+        if self.others_slots or self.other_waits or self.others_bytes:
+            self.others_slots.clear()
+            self.other_waits, self.others_bytes = False, 0
+            self.ring()
+        if self.is_look_wanted:
+            self.answer_look()
+
     def be_kind(self) -> None:
         before: Any = (len(self.outcomes), self.core.counters.spawned, len(self.living))
         if self.core.breaker.state is BreakerState.FORCED_OPEN:
@@ -357,6 +407,8 @@ class World:
             self.operate(self.core.resume)
         if self.is_host_wanted:
             self.answer_host()
+        if self.core.settings.budget is not None:
+            self.be_modest()
         while self.sample_wanted:
             self.answer_sample(20 * MB)
         for process in self.living:

@@ -9,7 +9,7 @@ from fake_crew import TOTAL, Process, World
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from agentpool.config import MB, BreakerSettings, PoolSettings
+from agentpool.config import MB, BreakerSettings, HostBudget, PoolSettings
 from agentpool.core.records import TaskSpec
 from agentpool.core.retry import Escalate, RetryPolicy
 from agentpool.errors import MemoryLimitError, TaskTimeoutError
@@ -38,6 +38,7 @@ settings_made = st.builds(
     lambda workers, concurrent, floor, **other: PoolSettings(
         max_workers=workers, max_concurrent=min(concurrent, workers), min_workers=min(floor, workers),
         start_timeout=5.0, idle_timeout=10.0, cleanup_interval=5.0,
+        scope="pool" if other["budget"] is None else "host",
         breaker=BreakerSettings(failure_threshold=2, window_seconds=20, open_seconds=3, max_open_seconds=10), **other),
     workers=st.integers(1, 3),
     concurrent=st.integers(1, 3),
@@ -51,6 +52,7 @@ settings_made = st.builds(
     alert_memory_mb=st.sampled_from([None, 100.0]),
     cpu_policy=st.sampled_from(["report", "throttle"]),
     kill_grace=st.sampled_from([0.0, 0.1, 2.0]),
+    budget=st.sampled_from([None, None, None, HostBudget(agents=1), HostBudget(agents=3, memory_mb=150)]),
 )
 specs = st.builds(
     TaskSpec,
@@ -269,6 +271,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def host_is_well(self) -> None:
         self.world.answer_host()
+
+    # the other pools of the host
+
+    @precondition(lambda self: self.world.core.settings.budget is not None)
+    @rule(slots=st.sets(st.integers(0, 2)), waits=st.booleans(), memory=st.sampled_from([0, 20 * MB, 400 * MB]),
+          rings=st.booleans())
+    def others_change(self, slots: set[int], waits: bool, memory: int, rings: bool) -> None:
+        self.world.others_slots = slots - self.world.own_slots
+        self.world.other_waits, self.world.others_bytes = waits, memory
+        if rings:
+            self.world.ring()
+
+    @precondition(lambda self: self.world.is_look_wanted)
+    @rule()
+    def answer_look(self) -> None:
+        self.world.answer_look()
 
     @rule(seconds=st.sampled_from([0.0, 0.001, 0.011, 0.06, 0.3, 1.1, 5.5, 70.0]))
     def advance(self, seconds: float) -> None:

@@ -1,0 +1,215 @@
+"""Where the pools of one user meet: a directory with a file of slots, and for each pool a record and a bell.
+
+    slots          byte N is slot N: who has a lock on it holds the slot
+    <id>.json      what that pool says of itself; it keeps a lock on it as long as it lives
+    <id>.bell      a FIFO that the others write a byte to when something changed
+
+Locks are those of open file descriptions (OFD): the kernel releases them with the holder's last descriptor, whatever
+ended it; descriptors are close-on-exec, so that no child keeps one. They are asked for and looked at, never waited for:
+who waits is told by its bell, or by the pidfds of those who hold something. Why so: docs/decisions/0050.
+
+Knows nothing of core, and decides nothing. Only the manager thread of the pool that owns it may call it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterable
+from typing import Any, Final
+
+from agentpool.errors import SettingsError
+from agentpool.io.rundir import private_directory
+
+__all__ = ["Others", "SharedBudget"]
+
+#: struct flock of Linux on 64 bit: type, whence, start, length, pid
+_FLOCK: Final = "hhqqi4x"
+_UNLOCKED: Final = fcntl.F_UNLCK
+#: A record is written with one call into one page.
+_RECORD_BYTES: Final = 1024
+_RECORD: Final = ".json"
+_BELL: Final = ".bell"
+#: Readings of a record that was being written at that moment.
+_READINGS: Final = 100
+
+
+def _lock(descriptor: int, command: int, kind: int, start: int) -> int:
+    """Ask for a lock on one byte, or whether it is free; the lock's type as the kernel left it."""
+    answer = fcntl.fcntl(descriptor, command, struct.pack(_FLOCK, kind, os.SEEK_SET, start, 1, 0))
+    return int(struct.unpack(_FLOCK, answer)[0])
+
+
+def _is_locked(descriptor: int, start: int) -> bool:
+    """Does somebody else hold the byte? Disturbs nobody, as a trial to lock it would."""
+    return _lock(descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start) != _UNLOCKED
+
+
+class Others:
+    """What a look showed: the other pools' records by id, and the slots that they hold."""
+
+    __slots__ = ("records", "taken")
+
+    def __init__(self, records: dict[str, dict[str, Any]], taken: frozenset[int]) -> None:
+        self.records = records
+        self.taken = taken
+
+
+class SharedBudget:
+    """This pool's place in the directory. Nothing is made before `join`. Raises OSError where the directory fails."""
+
+    def __init__(self, directory: str) -> None:
+        if not hasattr(fcntl, "F_OFD_SETLK"):
+            raise SettingsError("scope='host' needs the file locks of Linux (OFD), which this system does not have")
+        self._directory = private_directory(directory)
+        self.id = ""
+        #: becomes readable when something changed; None: not joined
+        self.bell: int | None = None
+        self._slots = -1
+        self._record = -1
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, name)
+
+    # -- taking part ---------------------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """Be seen by the others, with an empty record. Harmless where that is so already."""
+        if self.bell is not None:
+            return
+        private_directory(self._directory)
+        self.id = f"{os.getpid()}-{time.monotonic_ns()}"
+        try:
+            self._slots = os.open(self._path("slots"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.mkfifo(self._path(self.id + _BELL), 0o600)
+            # For reading and writing: there is no end of file when the others have closed theirs.
+            self.bell = os.open(self._path(self.id + _BELL), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            hidden = self._path(f".{self.id}")
+            self._record = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            _lock(self._record, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, 0)
+            self.publish({})
+            os.rename(hidden, self._path(self.id + _RECORD))  # whoever sees it sees it locked
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Give back everything. May be called again, and at any time."""
+        if self.id:
+            for name in (self.id + _RECORD, self.id + _BELL, f".{self.id}"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path(name))
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the descriptors and touch nothing: also in a forked copy of the process, where the locks go on."""
+        for descriptor in (self._slots, self._record, -1 if self.bell is None else self.bell):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._slots = self._record = -1
+        self.bell = None
+        self.id = ""
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def publish(self, record: dict[str, Any]) -> None:
+        """Say this of the pool."""
+        text = json.dumps(record, separators=(",", ":")).encode()
+        line = b"%08x %s" % (zlib.crc32(text), text)
+        os.pwrite(self._record, line.ljust(_RECORD_BYTES, b"\n"), 0)
+
+    def ring(self) -> None:
+        """Tell all others that something changed."""
+        for name in os.listdir(self._directory):
+            if not name.endswith(_BELL) or name == self.id + _BELL:
+                continue
+            try:
+                bell = os.open(self._path(name), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:  # nobody hears it: that pool has ended, or is just beginning
+                continue
+            try:
+                os.write(bell, b"!")
+            except (BlockingIOError, BrokenPipeError):  # it was told often enough, or is gone
+                pass
+            finally:
+                os.close(bell)
+
+    def answer_bell(self) -> None:
+        """Take what was rung."""
+        if self.bell is not None:
+            with contextlib.suppress(BlockingIOError):
+                while len(os.read(self.bell, 4096)) == 4096:
+                    pass
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def look(self, slots: int) -> Others:
+        """The others that live, and which of the first so many slots they hold. Removes what dead ones left."""
+        records = self.look_on().records
+        taken = frozenset(slot for slot in range(slots) if _is_locked(self._slots, slot))
+        return Others(records, taken)
+
+    def look_on(self) -> Others:
+        """The pools that live, without taking part oneself."""
+        records = {}
+        for name in os.listdir(self._directory):
+            stem, dot, kind = name.rpartition(".")
+            if dot + kind == _RECORD and stem != self.id and (record := self._read(stem)) is not None:
+                records[stem] = record
+        return Others(records, frozenset(slot for record in records.values() for slot in record.get("slots", ())))
+
+    def _read(self, member: str) -> dict[str, Any] | None:
+        """What that pool says of itself; None: it has ended."""
+        path = self._path(member + _RECORD)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            if not _is_locked(descriptor, 0):
+                self._remove(member)
+                return None
+            return _parse(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _remove(self, member: str) -> None:
+        for kind in (_BELL, _RECORD):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(member + kind))
+
+    def lives(self, member: str) -> bool:
+        """Does that pool still exist?"""
+        return self._read(member) is not None
+
+    # -- slots ---------------------------------------------------------------------------------------------------
+
+    def take(self, slots: Iterable[int]) -> tuple[int, ...]:
+        """Take these slots; returns those that were got."""
+        got = []
+        for slot in slots:
+            try:
+                _lock(self._slots, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, slot)
+            except (BlockingIOError, PermissionError):
+                continue
+            got.append(slot)
+        return tuple(got)
+
+    def give(self, slots: Iterable[int]) -> None:
+        """Give these slots back."""
+        for slot in slots:
+            _lock(self._slots, fcntl.F_OFD_SETLK, _UNLOCKED, slot)
+
+
+def _parse(descriptor: int) -> dict[str, Any]:
+    for _ in range(_READINGS):
+        checksum, _, text = os.pread(descriptor, _RECORD_BYTES, 0).rstrip(b"\n").partition(b" ")
+        if checksum == b"%08x" % zlib.crc32(text):
+            found = json.loads(text)
+            return found if isinstance(found, dict) else {}
+    return {}  # no pool of ours wrote that
