@@ -123,8 +123,8 @@ class HostBudget:
 
     agents: tasks that run at once, whichever pool runs them. memory_mb: memory of all these pools' workers above which
     no further task starts anywhere while another one runs; None: not limited. What a task is expected to need counts
-    as if it used it already. directory: where the pools meet, private to the user; None: `agentpool` in the user's
-    runtime directory. Pools with different budgets share the slots that both have: the greater one may fill the rest.
+    as if it used it already. directory: where the pools meet, private to the user; None: `/tmp/agentpool-UID/budget`.
+    Pools with different budgets share the slots that both have: the greater one may fill the rest.
     """
 
     agents: int = 2

@@ -1,6 +1,7 @@
-"""Where what the processes of one user share is kept: the user's runtime directory, private to the user.
+"""Where the pools of one user meet to share a budget: a directory that is private to the user.
 
-Any thread may call it. Reads no environment: `/run/user/UID` where the system made one, else `/tmp/agentpool-UID`.
+Any thread may call it. Reads no environment: all processes of a user must find the same one, whatever session, job or
+service they belong to, and it must outlive each of them. So it is not $XDG_RUNTIME_DIR, which goes with the last login.
 """
 
 from __future__ import annotations
@@ -15,11 +16,7 @@ __all__ = ["default_runtime_directory", "private_directory"]
 
 def default_runtime_directory() -> str:
     """The directory of this user's pools, which may not exist yet."""
-    uid = os.geteuid()
-    systems = f"/run/user/{uid}"
-    if os.path.isdir(systems) and os.access(systems, os.W_OK | os.X_OK):
-        return f"{systems}/agentpool"
-    return f"/tmp/agentpool-{uid}"
+    return f"/tmp/agentpool-{os.geteuid()}"
 
 
 def private_directory(path: str) -> str:

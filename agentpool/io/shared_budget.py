@@ -14,6 +14,7 @@ Knows nothing of core, and decides nothing. Only the manager thread of the pool 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -149,7 +150,12 @@ class SharedBudget:
     # -- looking -------------------------------------------------------------------------------------------------
 
     def look(self, slots: int) -> Others:
-        """The others that live, and which of the first so many slots they hold. Removes what dead ones left."""
+        """The others that live, and which of the first so many slots they hold. Removes what dead ones left.
+
+        Raises FileNotFoundError where somebody removed this pool's files, so that the others see it no more.
+        """
+        if not os.fstat(self._slots).st_nlink or not os.fstat(self._record).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the files of the budget were removed", self._directory)
         records = self.look_on().records
         taken = frozenset(slot for slot in range(slots) if _is_locked(self._slots, slot))
         return Others(records, taken)

@@ -129,7 +129,7 @@ class Manager:
         self._stop_reason = ""
 
     def _may_take_unlocked(self) -> bool:
-        """There is no bound to wait for, and no slot: while a pool holds none, nothing ends that would collect tasks."""
+        """There is no bound to wait for, and no slot: while a pool holds none, no task's end collects what is left."""
         return self.core.settings.max_pending is None and self.core.settings.budget is None
 
     def _make_clerk(self) -> Clerk | None:

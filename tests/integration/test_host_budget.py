@@ -274,3 +274,21 @@ def test_a_pool_of_its_own_knows_nothing_of_it(make_pool: Callable[..., AgentPoo
     check = "import sys, agentpool.pool; print([name for name in sys.modules if 'budget' in name or 'host_s' in name])"
     loaded: Any = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
+
+
+def test_files_that_were_cleaned_away_are_made_again(
+    directory: str, make_pool: Callable[..., AgentPool], wait_until: Callable[..., None]
+) -> None:
+    """Otherwise the next pool would make a file of slots of its own, and the budget would be two."""
+    pool = make_pool(1, budget=HostBudget(agents=1, directory=directory))
+    assert pool.submit(os.getpid).result(timeout=20)
+    wait_until(lambda: not pool.get_pool_stats()["host_budget"]["slots"], "it keeps its slot")
+    for name in os.listdir(directory):
+        os.unlink(os.path.join(directory, name))
+    blocking = make_pool(1, budget=HostBudget(agents=1, directory=directory)).submit(time.sleep, 600)
+    wait_until(blocking.running, "nothing runs")
+    waiting = pool.submit(os.getpid)
+    wait_until(lambda: pool.get_pool_stats()["host_budget"]["waits_for"], "it runs beside the other")
+    assert not waiting.done()
+    blocking.kill()
+    waiting.result(timeout=20)

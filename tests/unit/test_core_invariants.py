@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import tenacity
 
+from agentpool.config import HostBudget
 from agentpool.core import invariants
+from agentpool.core.budget import Share
 from agentpool.core.invariants import RULES, check
 from agentpool.core.records import StopCause
 from agentpool.core.retry import RetryPolicy
@@ -112,6 +114,17 @@ def _alone_beside_another(bench: Any) -> None:
     bench.core.active = 2
 
 
+def _share(**changes: Any) -> Callable[[Any], None]:
+    """It has a share of the host's budget, in which something is wrong."""
+    def change(bench: Any) -> None:
+        bench.core.share = Share(HostBudget(agents=2))
+        bench.core.share.held = {0: 1.0, 1: 1.0}
+        for name, value in changes.items():
+            setattr(bench.core.share, name, value)
+
+    return change
+
+
 BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("nothing_is_lost", _hide_task),
     ("nothing_is_lost", lambda bench: setattr(bench.core.counters, "submitted", 9)),
@@ -132,6 +145,9 @@ BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("limits_have_timers", _dead_timer("queued", "timer")),
     ("the_pool_keeps_its_size", _too_many_workers),
     ("the_throttle_holds", _set(core__active=4)),
+    ("a_pool_runs_no_more_than_it_has_slots", _share(held={})),
+    ("a_pool_runs_no_more_than_it_has_slots", _share(held={0: 1.0, 7: 1.0})),
+    ("a_pool_runs_no_more_than_it_has_slots", _share(unused={5})),
     ("what_runs_alone_is_alone", lambda bench: setattr(bench.core, "alone", bench.queued)),
     ("what_runs_alone_is_alone", _alone_beside_another),
     ("the_bound_holds", _many_pending),
