@@ -20,6 +20,7 @@ from agentpool.runtime.outcomes import Encoded, unpickling_error
 
 if TYPE_CHECKING:
     from agentpool.core.records import TaskRecord
+    from agentpool.io.arena import Held
     from agentpool.runtime.manager import Manager
     from agentpool.streams import EventBuffer, EventStream
     from agentpool_worker.protocol import Payload
@@ -88,7 +89,7 @@ class AgentFuture(Future[T]):
     worker_pid: int | None = None
 
     def __init__(
-        self, manager: Manager | None = None, payload: Payload = b"", buffers: Sequence[memoryview] = ()
+        self, manager: Manager | None = None, payload: Payload | Held = b"", buffers: Sequence[memoryview] = ()
     ) -> None:
         self._manager = manager
         #: the serialized call, kept until the task is over, as it may be sent again

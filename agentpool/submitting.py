@@ -24,6 +24,7 @@ from agentpool.runtime.manager import Manager
 from agentpool_worker import protocol
 
 if TYPE_CHECKING:
+    from agentpool.io.arena import Held
     from agentpool_worker.protocol import Payload
 
 __all__ = ["Submitting", "pickling_error", "spec_of"]
@@ -64,11 +65,13 @@ class Submitting(Executor):
     def _accept(
         self, payload: Payload, buffers: Sequence[memoryview], spec: TaskSpec, call_key: object
     ) -> AgentFuture[Any]:
-        if buffers:
-            # The caller may change its array once submit returns, and the call may wait, or be sent twice.
-            buffers = [protocol.frozen(buffer) for buffer in buffers]
         manager = self._manager
-        future: AgentFuture[Any] = AgentFuture(manager, payload, buffers)
+        held: Held | None = None
+        if buffers or type(payload) is tuple:
+            # The caller may change its array once submit returns, and the call may wait, or be sent twice.
+            held = manager.hold(payload, buffers)
+            buffers = [] if held is not None else [protocol.frozen(buffer) for buffer in buffers]
+        future: AgentFuture[Any] = AgentFuture(manager, held or payload, buffers)
         future._task = manager.submit(future, spec, call_key, block=self._options.block)
         return future
 

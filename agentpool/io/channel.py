@@ -11,15 +11,22 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe
 from typing import Final
 
+from agentpool.io.arena import Arena, Held
 from agentpool_worker import protocol
+from agentpool_worker.arena import BLOCK, WARM_SECONDS, Inlet, first_result
 from agentpool_worker.protocol import (
     BEGAN,
+    KEPT,
+    KEPT_BLOCKS,
+    LENT,
+    LENT_BLOCKS,
     OUTBOX,
     OUTBOX_DATA,
     OUTBOX_HEADER,
@@ -55,9 +62,14 @@ def _page_file() -> int:
 
 
 class Channel:
-    """The parent's end."""
+    """The parent's end. `arena`: where large calls and results lie, for the worker of this id; None: nowhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena | None = None, worker_id: int = 0) -> None:
+        self._arena = arena
+        self._worker_id = worker_id
+        self._is_closed = False
+        self._inlet: Inlet | None = None
+        self._opened_at = 0.0
         self._ours: list[Connection] = []
         self._theirs: list[Connection] = []
         self._report = -1
@@ -78,6 +90,8 @@ class Channel:
             os.ftruncate(self._report, REPORT)
             self._page = mmap.mmap(self._report, PAGE_SIZE)
             self._announced = protocol.announced(self._page)
+            if arena is not None and not arena.takes_results:
+                self._page[KEPT : KEPT + KEPT_BLOCKS] = b"\xff" * KEPT_BLOCKS
         except OSError:
             self.close()
             raise
@@ -90,7 +104,7 @@ class Channel:
         self.stderr_tail = b""
         #: the last of its standard error, and how many bytes came in all; one value, as another thread looks at it
         self._stderr_kept = (b"", 0)
-        self._reader = FrameReader()
+        self._reader = FrameReader(inlet=self)
         self._received = 0
         #: bytes, or views of bytes
         self._outgoing: deque[bytes | memoryview] = deque()
@@ -103,8 +117,9 @@ class Channel:
     # -- handing over --------------------------------------------------------------------------------------------
 
     def worker_fds(self) -> list[int]:
-        """The worker's ends, in the keeper's order: calls, results, control, standard error, page."""
-        return [*(end.fileno() for end in self._theirs), self._report]
+        """The worker's ends, in the keeper's order: calls, results, control, standard error, page, arena."""
+        arena = [] if self._arena is None or self._arena.descriptor < 0 else [self._arena.descriptor]
+        return [*(end.fileno() for end in self._theirs), self._report, *arena]
 
     def handed_over(self) -> None:
         """The worker's ends are on their way: keep none, or no end of file would ever be seen."""
@@ -114,14 +129,25 @@ class Channel:
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def queue_call(self, task_id: int, payload: protocol.Payload, buffers: Sequence[memoryview]) -> None:
+    def queue_call(self, task_id: int, payload: protocol.Payload | Held, buffers: Sequence[memoryview]) -> None:
         """Have a call sent with the next `flush`: several travel in one write."""
+        if self._inlet:
+            self._inlet.release()
         slot = self._next_slot
         self._next_slot = (slot + 1) % SLOTS
         self._slots[task_id] = slot
         page = self._page
         page[BEGAN + slot] = 0
         page[REVOKED + slot] = 0
+        if isinstance(payload, Held):
+            for number in range(LENT_BLOCKS):
+                if not page[LENT + number]:
+                    page[LENT + number] = 1
+                    payload.lend(self, number)
+                    place = payload.offset, number
+                    self._outgoing.append(protocol.encode_shared(protocol.CALL, task_id, place, payload.sizes, x=slot))
+                    return
+            payload, *buffers = payload.parts()
         if buffers or type(payload) is not bytes or len(payload) > protocol.OUT_OF_BAND:
             if not self._is_large:
                 self._is_large = True
@@ -174,10 +200,51 @@ class Channel:
 
     def ask_to_stop(self, task_id: int, *, wants_stack: bool) -> None:
         """Ask the worker to stop a task, and to note first what its threads do."""
+        self._tell(encode(protocol.STOP, task_id, flags=int(wants_stack))[0])
+
+    def _tell(self, frame: bytes | memoryview) -> None:
         try:
-            os.write(self._control.fileno(), encode(protocol.STOP, task_id, flags=int(wants_stack))[0])
+            os.write(self._control.fileno(), frame)
         except (BlockingIOError, BrokenPipeError):  # it has not read 1,800 of them, or is dead: it will be killed
             return
+
+    # -- the arena -----------------------------------------------------------------------------------------------
+
+    def open(self, offset: int, number: int, length: int) -> memoryview:
+        """The contents of the block that a result lies in. Raises ProtocolError."""
+        if self._arena is None or self._arena.descriptor < 0:
+            raise protocol.ProtocolError("a result lies in an arena that this pool does not have")
+        if self._inlet is None:
+            first = first_result(self._worker_id)
+            self._inlet = Inlet(self._arena.descriptor, self._page, KEPT, first, first + KEPT_BLOCKS * BLOCK)
+        self._opened_at = time.monotonic()
+        self._arena.is_warm = True
+        return self._inlet.open(offset, number, length)
+
+    def has_lent(self, number: int) -> bool:
+        """Does the worker still have the block of a call that it got under this number?"""
+        return not self._is_closed and self._page[LENT + number] != 0
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory of the worker that is not its own: results, and what was taken for them."""
+        return 0 if self._inlet is None else self._inlet.size
+
+    def trim(self) -> bool:
+        """Have the worker give back the memory of results that nobody needs. False: not yet, some are looked at."""
+        if self._inlet is None:
+            return True
+        self._inlet.release()
+        if self._inlet or time.monotonic() - self._opened_at < WARM_SECONDS:
+            return False
+        self._inlet.forget()
+        self._tell(encode(protocol.TRIM)[0])
+        return True
+
+    def keep_results(self) -> None:
+        """Before a fork of the parent: the child may look at the results for ever."""
+        if self._inlet is not None:
+            self._inlet.keep()
 
     # -- the page ------------------------------------------------------------------------------------------------
 
@@ -219,7 +286,7 @@ class Channel:
         data = bytes(self._page[OUTBOX_DATA : min(OUTBOX_DATA + before[1], PAGE_SIZE)])
         if not data or OUTBOX_HEADER.unpack_from(self._page, OUTBOX) != before:
             return []
-        reader = FrameReader()
+        reader = FrameReader(inlet=self)
         reader.feed(data)
         return list(reader.frames())
 
@@ -279,6 +346,9 @@ class Channel:
         if self._report >= 0:
             os.close(self._report)
             self._report = -1
+            self._is_closed = True
+            if self._inlet is not None and self._arena is not None:
+                self._arena.inherit(self._inlet.forget())
             page = getattr(self, "_page", None)
             if page is not None:
                 self._announced.release()

@@ -80,6 +80,11 @@ def _at_exit() -> None:
         manager.shutdown(wait=True, cancel_futures=False)
 
 
+def _before_fork() -> None:
+    for manager in list(_managers):
+        manager.before_fork()
+
+
 def _after_fork_in_child() -> None:
     for manager in list(_managers):
         manager.abandon()
@@ -93,4 +98,4 @@ else:
     import atexit
 
     atexit.register(_at_exit)
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

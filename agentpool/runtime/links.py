@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from agentpool.config import MB, MemoryMetric, PoolSettings
 from agentpool.core.records import TaskRecord, TreeState, WorkerExit, WorkerRecord
 from agentpool.io import processes
+from agentpool.io.arena import Arena, Held
 from agentpool.io.channel import Channel
 from agentpool.io.processes import KeeperClient
 from agentpool.io.reactor import Reactor
@@ -47,7 +48,7 @@ class Link:
         #: somebody wrote into its pipe of results: nothing that comes from it is read any more
         self.is_distrusted = False
 
-    def queue_call(self, task: TaskRecord, payload: Payload, buffers: Sequence[memoryview]) -> None:
+    def queue_call(self, task: TaskRecord, payload: Payload | Held, buffers: Sequence[memoryview]) -> None:
         """Under the lock: have a call sent with the channel's next flush."""
         if task.spec.policy is not None and task.spec.policy.sees_results:
             self.wanted_values.add(task.id)
@@ -104,7 +105,10 @@ class Link:
     def sample(self) -> TreeState | None:
         """Measure its tree; None: it is gone, or not there yet."""
         reading = self.sampler.read() if self.sampler is not None else None
-        return None if reading is None else TreeState(reading.rss_bytes, reading.processes, reading.cpu_seconds)
+        if reading is None:
+            return None
+        own_bytes = max(0, reading.rss_bytes - self.channel.shared_bytes)
+        return TreeState(own_bytes, reading.processes, reading.cpu_seconds)
 
     def exit(self, *, keeper_lost: bool = False) -> WorkerExit:
         """How it ended, and whether the task at its head had begun."""
@@ -142,6 +146,7 @@ class Staff:
         self._told: dict[str, object] = {}
         self._handing_over: list[Link] = []
         self.keeper: KeeperClient | None = None
+        self.arena = Arena(2 * settings.max_workers)
         #: worker id -> link; changed under the pool's lock
         self.links: dict[int, Link] = {}
 
@@ -175,6 +180,19 @@ class Staff:
         self._handing_over.append(link)
         self._sent(keeper.spawn(link.worker.id, link.channel.worker_fds()))
         import agentpool.io.sampler  # noqa: F401  with psutil, which takes 7 ms the first time: the keeper starts meanwhile
+
+    def trim(self) -> None:
+        """Have memory given back that large calls and results took."""
+        self.arena.trim()
+        for link in self.links.values():
+            if not link.channel.trim():
+                self.arena.is_warm = True
+
+    def keep_results(self) -> None:
+        """Any thread, before a fork: the child may look at results that lie in the arena for ever."""
+        self.arena.keep()
+        for link in list(self.links.values()):
+            link.channel.keep_results()
 
     def flush_keeper(self) -> None:
         """There is room for messages to the keeper again."""
@@ -215,6 +233,7 @@ class Staff:
         for link in self.links.values():
             link.close(self._reactor)
         self.links.clear()
+        self.arena.close()
 
     def abandon(self) -> None:
         """In a forked copy of the parent: let go of all descriptors, touch nobody."""
@@ -223,3 +242,4 @@ class Staff:
         for link in self.links.values():
             link.close(None)
         self.links.clear()
+        self.arena.abandon()

@@ -39,8 +39,10 @@ from agentpool.runtime import interrupts, lifecycle
 from agentpool.runtime.door import Door
 from agentpool.runtime.links import Link
 from agentpool.runtime.reception import Event, Reception
+from agentpool_worker.arena import WARM_SECONDS
 
 if TYPE_CHECKING:
+    from agentpool.io.arena import Held
     from agentpool.io.host import HostSampler
     from agentpool.runtime.budget import Clerk
     from agentpool_worker.protocol import Payload
@@ -63,8 +65,8 @@ class Call(Protocol):
     worker_pid: int | None
 
     @property
-    def payload(self) -> Payload:
-        """The pickle."""
+    def payload(self) -> Payload | Held:
+        """The pickle, or all of the call where it lies in the arena."""
 
     @property
     def buffers(self) -> Sequence[memoryview]:
@@ -119,6 +121,7 @@ class Manager:
         self._clerk = self._make_clerk()
         self._host: HostSampler | None = None
         self._sleeps_until = 0.0
+        self._trims_at = 0.0
         self._thread: threading.Thread | None = None
         self._thread_id = 0
         self._is_finished = False
@@ -497,6 +500,14 @@ class Manager:
         """The pool is closed, and all its processes are gone."""
         return self._is_finished or self._is_forked
 
+    def hold(self, payload: Payload, buffers: Sequence[memoryview]) -> Held | None:
+        """Put a large call into the arena. None: it is to be sent as it is."""
+        return self._staff.arena.hold(payload, buffers)
+
+    def before_fork(self) -> None:
+        """The parent is about to fork: see `Staff.keep_results`."""
+        self._staff.keep_results()
+
     def abandon(self) -> None:
         """In a forked copy of the parent: become inert. The lock may have been held by a thread that is not here."""
         self._is_forked = True
@@ -576,8 +587,14 @@ class Manager:
             self._reception.push_stderr()
         if self.door.is_due:
             seconds = self.door.wait_or_open(seconds)
+        arena = self._staff.arena
+        if arena.is_warm:
+            seconds = WARM_SECONDS if seconds is None else min(seconds, WARM_SECONDS)
         for callback in self._reactor.wait(seconds):
             callback()
+        if arena.is_warm and time.monotonic() > self._trims_at:
+            self._trims_at = time.monotonic() + WARM_SECONDS
+            self._staff.trim()
         late_kills = self._prepare_late_kills() if self._late_kills else ()
         with self.lock:  # written out: `_section` costs 3 us, and is for threads that Ctrl-C may interrupt
             self._enter()
@@ -717,7 +734,7 @@ class Manager:
     def _spawn(self, worker: WorkerRecord) -> None:
         channel = None
         try:
-            channel = Channel()
+            channel = Channel(self._staff.arena, worker.id)
             link = Link(worker, channel, self._staff.keeper_for_spawn(), self.core.settings.memory_metric)
         except Exception as error:  # out of descriptors or processes, no interpreter, ...: a failed start
             if channel is not None:

@@ -98,6 +98,27 @@ class FakeChannel:
         self._outgoing.append(frame)
         return self.flush()
 
+    # -- the arena: nothing of a simulation is large ---------------------------------------------------------------
+
+    shared_bytes = 0
+
+    def open(self, offset: int, number: int, length: int) -> memoryview:
+        """The contents of the block that a result lies in."""
+        raise ProtocolError("a simulated worker has no arena")
+
+    def has_lent(self, number: int) -> bool:
+        """Does the worker still have the block of a call?"""
+        return False
+
+    def trim(self) -> bool:
+        """Have the worker give back the memory of results."""
+        return True
+
+    def keep_results(self) -> None:
+        """Before a fork of the parent."""
+
+    # -- what is written -----------------------------------------------------------------------------------------
+
     @property
     def _is_deserted(self) -> bool:
         """Nobody can read any more: what is written comes to nothing, and the death will be observed."""

@@ -202,7 +202,7 @@ class Stage:
             "agentpool.core.scheduler": _Instead(core_scheduler, Scheduler=self._scheduler),
             "agentpool.io": _Instead(io, processes=fake_processes),
             "agentpool.io.processes": fake_processes,
-            "agentpool.io.channel": _Instead(io_channel, Channel=lambda: FakeChannel(self.machine)),
+            "agentpool.io.channel": _Instead(io_channel, Channel=lambda *_: FakeChannel(self.machine)),
             "agentpool.io.reactor": _Instead(io_reactor, Reactor=lambda: FakeReactor(self.machine)),
             "agentpool.io.host": _Instead(io_host, HostSampler=lambda: FakeHostSampler(self.machine)),
             "agentpool.io.sampler": _Instead(

@@ -29,7 +29,7 @@ KINDS = sorted(protocol._KINDS)
 U32 = st.integers(0, 0xFFFFFFFF)
 FRAMES = st.tuples(
     st.sampled_from(KINDS),
-    st.integers(0, 0xFF),
+    st.integers(0, protocol.SHARED - 1),
     st.integers(0, 2**64 - 1),
     U32,
     U32,

@@ -24,8 +24,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Final
 
-#: Descriptors of a worker, in the order in which they are sent: calls, results, control, standard error, page.
-WORKER_FDS: Final = 5
+#: Descriptors of a worker, in the order in which they are sent: calls, results, control, standard error, page, and the
+#: pool's arena where there is one.
+WORKER_FDS: Final = 6
 #: Messages stay below the kernel's limit for one datagram.
 MAX_MESSAGE: Final = 128 * 1024
 #: A worker's descriptors are moved out of the way of code that counts on low numbers.
@@ -229,16 +230,16 @@ class Keeper:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-            calls, results, control, stderr, page = self._arrange(descriptors)
+            calls, results, control, stderr, page, *arena = self._arrange(descriptors)
             os.dup2(stderr, 2)
             os.close(stderr)
             os.environ["AGENTPOOL_WORKER"] = str(worker_id)
             if self._setup["method"] == "spawn":
-                self._exec(worker_id, calls, results, control, page)
+                self._exec(worker_id, calls, results, control, page, *arena)
             _reseed()
             from agentpool_worker import main
 
-            main.serve(worker_id, calls, results, control, page)
+            main.serve(worker_id, calls, results, control, page, *arena)
             main.finish()
         except BaseException:
             _print_error()
@@ -267,7 +268,7 @@ class Keeper:
 
         for descriptor in descriptors:
             os.set_inheritable(descriptor, True)
-        os.pwrite(descriptors[-1], marshal.dumps(self._setup), REPORT)
+        os.pwrite(descriptors[3], marshal.dumps(self._setup), REPORT)
         options = sys.orig_argv[1 : sys.orig_argv.index("-c")]  # those that the parent's interpreter runs with
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         program = (

@@ -20,6 +20,7 @@ import threading
 import time
 
 from agentpool_worker import context, protocol
+from agentpool_worker.arena import SharedBlocks
 from agentpool_worker.protocol import (
     BEGAN,
     OUTBOX,
@@ -135,13 +136,14 @@ def _rss_kib() -> int:
 class Worker:
     """One worker, from its first frame to its last."""
 
-    def __init__(self, worker_id: int, link: Link, page: Any) -> None:
+    def __init__(self, worker_id: int, link: Link, page: Any, arena: int = -1) -> None:
         self.worker_id = worker_id
         self._pid = os.getpid()
         self._main_thread = threading.get_ident()
         self._link = link
         self._page = page
-        self._reader = FrameReader(link.streams_from)
+        self.shared = SharedBlocks(worker_id, page, arena)
+        self._reader = FrameReader(link.streams_from, self.shared)
         self._load_call = protocol.CallLoader().load
         self._generation = 0
         self._held = 0
@@ -175,8 +177,10 @@ class Worker:
                     self._link.write(encode(protocol.READY, os.getpid(), flags=flags, x=_rss_kib()))
                 elif frame.kind == protocol.COLLECT:
                     gc.collect()
-                    self._link.write(encode(protocol.COLLECTED, x=_rss_kib()))
+                    self._link.write(encode(protocol.COLLECTED, x=max(0, _rss_kib() - self.shared.own_kib)))
             self._flush()
+            if self.shared.is_used:
+                self.shared.release()
             if not self._link.read_calls(self._reader):
                 return
 
@@ -214,6 +218,7 @@ class Worker:
         if not self._began(slot):
             if isinstance(frame.payload, Stream):
                 frame.payload.drain()
+            self.shared.release(frame)
             self._send(encode(protocol.SKIPPED, task_id, x=slot), time.monotonic())
             return
         if self._cancelled.is_set() and self._stop_wanted != task_id:
@@ -225,6 +230,12 @@ class Worker:
         except context.TaskCancelled as error:  # it came between the end of the task's own error and its handler
             kind, (payload, buffers) = protocol.ERROR, _describe(error)
         context._leave()
+        shared = None
+        if frame.flags & protocol.SHARED or type(payload) is tuple or buffers:
+            shared = self.shared.put(kind, payload, buffers)
+            if shared is not None:
+                payload, buffers = b"", ()
+            self.shared.release(frame)  # before the result goes: whoever waits for it finds the block free
         if _agents_set_up() != agents:
             kept = sys.modules["agentpool_worker.agents.base"].agents_kib()
             self._send(encode(protocol.AGENT_SET_UP, task_id, x=_rss_kib() + kept), started)
@@ -236,7 +247,11 @@ class Worker:
         micros = min(int((ended - started) * 1e6), 0xFFFFFFFF)
         if kind != protocol.VALUE or micros > 1000:
             _flush_streams()
-        self._send(encode(kind, task_id, payload, buffers, x=micros, y=rss, z=peak), ended)
+        if shared is not None:
+            place, sizes = shared
+            self._send([protocol.encode_shared(kind, task_id, place, sizes, x=micros, y=rss, z=peak)], ended)
+        else:
+            self._send(encode(kind, task_id, payload, buffers, x=micros, y=rss, z=peak), ended)
 
     def _attempt(self, frame: Frame) -> tuple[int, protocol.Payload, Sequence[memoryview]]:
         """Unpickle, run and pickle: all of it is the user's code, and all of it can be interrupted."""
@@ -293,7 +308,7 @@ class Worker:
         peak = 0
         if maximum > self._max_kib:
             peak = self._max_kib = maximum
-        return _rss_kib(), peak
+        return max(0, _rss_kib() - self.shared.own_kib), peak
 
     # -- the outbox ----------------------------------------------------------------------------------------------
 
@@ -441,13 +456,16 @@ def _control_loop(worker: Worker, control: int, report: int, main_thread: int) -
                     faulthandler.dump_traceback(report, all_threads=True)
                 worker.request_stop(frame.task_id)
                 signal.pthread_kill(main_thread, signal.SIGINT)
+            elif frame.kind == protocol.TRIM:
+                worker.shared.trim()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def serve(worker_id: int, calls: int, results: int, control: int, report: int) -> None:
+def serve(worker_id: int, calls: int, results: int, control: int, report: int, arena: int = -1) -> None:
     """Be a worker on these descriptors; returns when the parent closed the pipe of calls.
 
-    `report` is the file behind the page. Must be called by the main thread of a process of its own.
+    `report` is the file behind the page, `arena` that of large calls and results, if there is one. Must be called by
+    the main thread of a process of its own.
     """
     import faulthandler
     import mmap
@@ -462,8 +480,8 @@ def serve(worker_id: int, calls: int, results: int, control: int, report: int) -
         link.abandon(control)
         context._connect(None)  # what a task forks has no word: its events would be written into a file of its own
 
-    os.register_at_fork(after_in_child=after_fork)
-    worker = Worker(worker_id, link, page)
+    worker = Worker(worker_id, link, page, arena)
+    os.register_at_fork(before=worker.shared.keep, after_in_child=after_fork)
     signal.signal(signal.SIGINT, worker.on_stop_signal)
     # Not a `threading.Thread`: that waits until it runs, and whoever asks for a task's threads need not see it.
     _thread.start_new_thread(_control_loop, (worker, control, report, threading.get_ident()))
@@ -486,13 +504,13 @@ def finish() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """A worker in a fresh interpreter; the words are its id and its descriptors: calls, results, control, page."""
+    """A worker in a fresh interpreter; the words are its id and its descriptors, as `serve` takes them."""
     import marshal
 
     from agentpool_worker.authkey import set_authkey
 
-    worker_id, calls, results, control, report = (int(word) for word in argv[1:6])
-    for descriptor in (calls, results, control, report):
+    worker_id, calls, results, control, report, *arena = (int(word) for word in argv[1:])
+    for descriptor in (calls, results, control, report, *arena):
         os.set_inheritable(descriptor, False)  # they came through the exec; what a task starts must not have them
     setup = marshal.loads(os.pread(report, protocol.PAGE_SIZE, protocol.REPORT))
     os.ftruncate(report, protocol.REPORT)
@@ -501,5 +519,5 @@ def main(argv: list[str]) -> None:
     set_authkey(setup["authkey"])
     for name in setup["preload"]:
         __import__(name)
-    serve(worker_id, calls, results, control, report)
+    serve(worker_id, calls, results, control, report, *arena)
     finish()

@@ -19,10 +19,10 @@ from types import CoroutineType
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Any, Final, NamedTuple, TypeAlias
+    from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
     #: A pickle, or the parts of a large one.
-    Payload: TypeAlias = bytes | tuple[bytes, ...]
+    Payload: TypeAlias = bytes | memoryview | tuple[bytes, ...]
 
 MAGIC: Final = 0xA6E7
 #: magic, kind, flags, buffers, task id, bytes after the header, x, y, z
@@ -47,8 +47,10 @@ _MOST_SPARE: Final = 4 * 1024 * 1024
 CALL: Final = 1
 INIT: Final = 2
 COLLECT: Final = 3
-# Parent to worker, on the control pipe. Flag 1 of STOP: note the stack first.
+# Parent to worker, on the control pipe. Flag 1 of STOP: note the stack first. TRIM: memory of results that the parent
+# is done with goes back to the system.
 STOP: Final = 8
+TRIM: Final = 9
 # Worker to parent. Flag 1 of READY: an initializer ran. x, y, z of VALUE and of the errors: run time in microseconds,
 # RSS and peak RSS in KiB (0: not read).
 READY: Final = 16
@@ -64,7 +66,11 @@ AGENT_SET_UP: Final = 25
 # Events of a running task. x: how many; y: how many of this attempt were dropped so far.
 EVENTS: Final = 26
 
-_KINDS: Final = frozenset({CALL, INIT, COLLECT, STOP, *range(READY, EVENTS + 1)})
+#: Flag of CALL and VALUE: the pickle and its buffers lie in a block of the arena. The frame has its place and sizes.
+SHARED: Final = 0x80
+_PLACE: Final = Struct("<QI")  # offset, number of the block
+
+_KINDS: Final = frozenset({CALL, INIT, COLLECT, STOP, TRIM, *range(READY, EVENTS + 1)})
 
 # The page: memory shared by the parent and one worker. A byte per slot says that a call began or is revoked; the
 # outbox holds results that are not yet written to the pipe, so that a worker that dies takes none with it; behind it,
@@ -76,14 +82,20 @@ OUTBOX: Final = 2 * SLOTS
 OUTBOX_HEADER: Final = Struct("<II")  # generation, length
 #: Bytes that the worker has begun to write to the pipe of results: whatever comes beyond them is not from it.
 ANNOUNCED: Final = OUTBOX + OUTBOX_HEADER.size
-OUTBOX_DATA: Final = ANNOUNCED + 8
+#: A byte for each block of the arena that the worker has of the parent: 1 until it is done with it; and for each of its
+#: own blocks, until the parent is done with it.
+LENT: Final = ANNOUNCED + 8
+LENT_BLOCKS: Final = 8
+KEPT: Final = LENT + LENT_BLOCKS
+KEPT_BLOCKS: Final = 4
+OUTBOX_DATA: Final = KEPT + 8
 PAGE_SIZE: Final = 64 * 1024
 REPORT: Final = PAGE_SIZE
 
 
 def announced(page: Any) -> memoryview:
     """ANNOUNCED of a page, as element 0. It is written in one piece, where `struct` would clear it first."""
-    return memoryview(page)[ANNOUNCED:OUTBOX_DATA].cast("Q")
+    return memoryview(page)[ANNOUNCED:LENT].cast("Q")
 
 
 class ProtocolError(Exception):
@@ -91,6 +103,12 @@ class ProtocolError(Exception):
 
 
 if TYPE_CHECKING:
+
+    class Inlet(Protocol):
+        """What opens blocks of the arena."""
+
+        def open(self, offset: int, number: int, length: int) -> memoryview:
+            """The contents of a block that came with a frame. Raises ProtocolError."""
 
     class Frame(NamedTuple):
         """One message. `payload` (bytes or a view) and `buffers` stay valid; that of a large call may be a `Stream`."""
@@ -165,6 +183,14 @@ def split_events(frame: Frame) -> list[bytes]:
     return events
 
 
+def encode_shared(
+    kind: int, task_id: int, place: tuple[int, int], sizes: Sequence[int], *, x: int = 0, y: int = 0, z: int = 0
+) -> bytes:
+    """The frame of a pickle and buffers of these sizes, the pickle's first, that lie in a block of the arena."""
+    body = _PLACE.pack(*place) + b"".join(map(_SIZE.pack, sizes))
+    return HEADER.pack(MAGIC, kind, SHARED, len(sizes), task_id, len(body), x, y, z) + body
+
+
 def enlarge_pipe(descriptor: int) -> None:
     """Have a pipe hold 1 MiB, for what is large: twice as fast as the usual 64 KiB.
 
@@ -179,31 +205,27 @@ def enlarge_pipe(descriptor: int) -> None:
             return
 
 
-def _is_viewed(memory: mmap.mmap) -> bool:
-    """Does anybody have a view of it?"""
-    try:
-        memory.resize(len(memory))
-    except BufferError:
-        return True
-    return False
-
-
-def _split(header: tuple[int, ...], view: memoryview) -> Frame:
+def _split(header: tuple[int, ...], view: memoryview, inlet: Inlet | None) -> Frame:
     _, kind, flags, count, task_id, _, x, y, z = header
-    if count * _SIZE.size > len(view):
+    start = _PLACE.size if flags & SHARED else 0
+    position = start + count * _SIZE.size
+    if position > len(view):
         raise ProtocolError("the table of buffers of a frame is longer than the frame")
-    sizes = [_SIZE.unpack_from(view, index * _SIZE.size)[0] for index in range(count)]
-    position = count * _SIZE.size
-    payload_length = len(view) - position - sum(sizes)
-    if payload_length < 0:
-        raise ProtocolError("the buffers of a frame are longer than the frame")
-    payload = view[position : position + payload_length]
-    position += payload_length
-    buffers = []
+    sizes = [_SIZE.unpack_from(view, start + index * _SIZE.size)[0] for index in range(count)]
+    if flags & SHARED:
+        if inlet is None:
+            raise ProtocolError("a frame lies in an arena that this side does not have")
+        offset, number = _PLACE.unpack_from(view)
+        view, position = inlet.open(offset, number, sum(sizes)), 0
+    else:
+        sizes.insert(0, len(view) - position - sum(sizes))
+        if sizes[0] < 0:
+            raise ProtocolError("the buffers of a frame are longer than the frame")
+    parts = []
     for size in sizes:
-        buffers.append(view[position : position + size])
+        parts.append(view[position : position + size])
         position += size
-    return Frame(kind, flags, task_id, x, y, z, payload, buffers)
+    return Frame(kind, flags, task_id, x, y, z, parts[0], parts[1:])
 
 
 def frozen(buffer: memoryview) -> memoryview:
@@ -215,6 +237,17 @@ def frozen(buffer: memoryview) -> memoryview:
     copy = memoryview(_fresh_memory(buffer.nbytes))
     copy[:] = buffer
     return copy
+
+
+def is_viewed(memory: mmap.mmap) -> bool:
+    """Does anybody have a view of it?"""
+    try:
+        memory.resize(-1)  # refused in any case: first of all where somebody has a view
+    except BufferError:
+        return True
+    except ValueError:
+        return False
+    raise AssertionError("a mapping was resized to less than nothing")
 
 
 def _fresh_memory(length: int) -> mmap.mmap:
@@ -282,12 +315,13 @@ class FrameReader:
     """Puts frames together from what a descriptor yields, however it is cut.
 
     `streams_from`: that descriptor, where large calls are to be handed out as a `Stream`, before they are there; each
-    must be drained before the next read.
+    must be drained before the next read. `inlet` opens the blocks of frames that lie in the arena.
     """
 
-    __slots__ = ("_body", "_filled", "_header", "_pending", "_spare", "_streams_from")
+    __slots__ = ("_body", "_filled", "_header", "_pending", "_spare", "_streams_from", "inlet")
 
-    def __init__(self, streams_from: int | None = None) -> None:
+    def __init__(self, streams_from: int | None = None, inlet: Inlet | None = None) -> None:
+        self.inlet = inlet
         self._streams_from = streams_from
         self._pending = b""
         # A large frame in the making: its header, its body, and how much of that is there.
@@ -323,7 +357,7 @@ class FrameReader:
 
     def _memory(self, length: int) -> memoryview:
         spare = self._spare  # it is mapped already, which takes as long as to fill it
-        if spare is None or len(spare) < length or _is_viewed(spare):
+        if spare is None or len(spare) < length or is_viewed(spare):
             try:
                 spare = _fresh_memory(length)
             except MemoryError as error:
@@ -337,7 +371,7 @@ class FrameReader:
         if self._header is not None and self._body is not None:
             if self._filled < len(self._body):
                 return found
-            found.append(_split(self._header, self._body))
+            found.append(_split(self._header, self._body, self.inlet))
             self._header = self._body = None
         pending = self._pending
         position, end = 0, len(pending)
@@ -363,7 +397,7 @@ class FrameReader:
                 break
             position = stop
             if count:
-                found.append(_split(header, memoryview(bytearray(pending[start:stop]))))
+                found.append(_split(header, memoryview(bytearray(pending[start:stop])), self.inlet))
             else:
                 found.append(_new(Frame, (kind, flags, task_id, x, y, z, pending[start:stop], ())))
         self._pending = pending[position:]
