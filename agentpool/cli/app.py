@@ -54,14 +54,33 @@ Examples:
 """
 
 _ORCHESTRATE_EXAMPLES: Final = """\b
-Exit code: 0 when every agent succeeded, 1 when one failed, 2: a wrong
-command line, 130: interrupted.
+Exit code: 0 when every required agent succeeded, 1 when one failed or was
+skipped, 124 when the time of --budget-seconds was spent first, 2: a wrong
+command line or plan, 130: interrupted (143 by SIGTERM). What was found until
+then is printed all the same.
 
 \b
 Examples:
   agentpool orchestrate "Review this code" --path src
   agentpool orchestrate "Write tests" --path src --out tests/generated
   agentpool orchestrate "Review" --path . --agent security-analyst --json
+  agentpool orchestrate --plan release.toml --dry-run
+  agentpool orchestrate --plan release.toml --budget-seconds 600 --budget-mb 2000
+
+\b
+A plan:
+  prompt = "Get this ready for a release"
+  path = "src"                     # relative to this file
+  [agents.security]
+  kind = "security-analyst"
+  [agents.lint]
+  kind = "command"
+  prompt = "ruff check ."
+  policy = "optional"              # its failure fails nothing
+  [agents.report]
+  kind = "mytools:Reporter"        # a class in mytools.py beside this file
+  after = ["security", "lint"]
+  prompt = "Sum up: {results}"
 """
 
 app = typer.Typer(

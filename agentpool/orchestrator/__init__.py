@@ -6,6 +6,7 @@ thread may call this; everything runs in the thread that does.
 
     words     which stock agents a prompt's words ask for
     plans     plans, checked where they are made
+    mapping   plans as plain data, as a file has them
     prompts   what an agent is called with
     running   carries out what `agentpool.core.plan` decides
     reports   what became of it, and what it cost
@@ -17,6 +18,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from agentpool.orchestrator.mapping import plan_from_mapping
 from agentpool.orchestrator.plans import AgentKindLike, Plan, PlannedAgent, plan
 from agentpool.orchestrator.reports import AgentOutcome, AgentTry, OrchestrationReport, partial_report
 from agentpool.orchestrator.running import OnUpdate, run_plan
@@ -35,6 +37,7 @@ __all__ = [
     "orchestrate_with_memory_management",
     "partial_report",
     "plan",
+    "plan_from_mapping",
     "run_plan",
 ]
 

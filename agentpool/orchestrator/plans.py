@@ -17,7 +17,7 @@ from agentpool.orchestrator.prompts import named_results
 from agentpool.orchestrator.words import REVIEWERS, asked_for
 from agentpool_worker.agents.base import kind_name, resolve
 
-__all__ = ["AgentKindLike", "Plan", "PlannedAgent", "Policy", "nodes_of", "plan"]
+__all__ = ["AgentKindLike", "Plan", "PlannedAgent", "Policy", "check_kinds", "checked_paths", "nodes_of", "plan"]
 
 #: What `pool.submit_agent` takes.
 AgentKindLike = str | type[Any]
@@ -148,6 +148,17 @@ def nodes_of(plan: Plan, usual_mb: float) -> list[PlanNode]:
                               expected_bytes=(int(expected * MB),) * (1 + len(agent.fallback))))
     check_nodes(nodes, None if plan.budget_mb is None else int(plan.budget_mb * MB))
     return nodes
+
+
+def check_kinds(plan: Plan) -> dict[str, list[type[Any]]]:
+    """The classes of each agent's kind and fallbacks. Raises LookupError or TypeError for what is no agent."""
+    classes = {}
+    for agent in plan.agents:
+        try:
+            classes[agent.name] = [resolve(kind) for kind in (agent.kind, *agent.fallback)]
+        except (LookupError, TypeError) as error:
+            raise type(error)(f"agent {agent.name!r}: {error}") from error
+    return classes
 
 
 def plan(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from agentpool_worker.agents.rendering import render_result
+from agentpool_worker.agents.rendering import render_result, words_of
 
 if TYPE_CHECKING:
     from agentpool.orchestrator.plans import Plan, PlannedAgent
@@ -60,8 +60,10 @@ def _prompt_of(plan: Plan, agent: PlannedAgent, results: Mapping[str, Any], miss
 
 
 def text_of(result: Any) -> str:
-    """A result for a prompt: a string as it is, others as reports show them, cut where it is very long."""
-    text = result if isinstance(result, str) else "\n".join(render_result(result))
+    """A result for a prompt: words as they are, others as reports show them, cut where it is very long."""
+    text = words_of(result)
+    if text is None:
+        text = "\n".join(render_result(result))
     left_out = len(text) - RESULT_CHARACTERS
     return text if left_out <= 0 else f"{text[:RESULT_CHARACTERS]}\n({left_out} more characters are left out here)"
 

@@ -19,11 +19,11 @@ from agentpool.config import MB
 from agentpool.core.plan import Ending, NodeState, PlanState, StartAgent, StopAgent
 from agentpool.errors import PoolClosedError, QueueFullError
 from agentpool.futures import TaskSnapshot
-from agentpool.orchestrator.plans import AgentKindLike, Plan, PlannedAgent, nodes_of
+from agentpool.orchestrator.plans import AgentKindLike, Plan, PlannedAgent, check_kinds, nodes_of
 from agentpool.orchestrator.prompts import call_of
 from agentpool.orchestrator.reports import AgentOutcome, AgentState, AgentTry, OrchestrationReport, cost_of, usage_of
 from agentpool.runtime import interrupts
-from agentpool_worker.agents.base import kind_name, resolve
+from agentpool_worker.agents.base import kind_name
 
 if TYPE_CHECKING:
     from agentpool.futures import AgentFuture
@@ -96,7 +96,7 @@ class _PlanRun:
         self._pool = pool
         self._on_update = on_update
         self._agents = {agent.name: agent for agent in plan.agents}
-        self._classes = {agent.name: [resolve(kind) for kind in _kinds_of(agent)] for agent in plan.agents}
+        self._classes = check_kinds(plan)
         self._tries: dict[str, list[_Try]] = {name: [] for name in self._agents}
         self._results: dict[str, Any] = {}
         #: tasks that have ended, as the pool's thread notes them
@@ -198,6 +198,8 @@ class _PlanRun:
         results = {name: self._results[name] for name in agent.after if name in self._results}
         missing = {name: self._why_missing(name) for name in agent.after if name not in results}
         prompt, kwargs = call_of(self._plan, agent, run, results, missing)
+        if kind_name(tried.kind) == "command":
+            kwargs.setdefault("check", True)  # what is to run after a command relies on it
         view = self._pool.options(**{**agent.options, **self._limits(agent), "name": agent.name, "block": False})
         with interrupts.held():  # so that no task is submitted and not known here
             future = view.submit_agent(tried.kind, prompt, **kwargs)

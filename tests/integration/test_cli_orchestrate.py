@@ -216,3 +216,161 @@ def test_a_dumb_terminal_gets_lines(home: Path) -> None:
     assert code == 0
     assert "\x1b" not in output
     assert "myagents:Good: done in" in output
+
+
+# -- plans from files ------------------------------------------------------------------------------------------------
+
+PLAN = """
+prompt = "look at it"
+path = "code"
+
+[agents.first]
+kind = "myagents:Good"
+
+[agents.second]
+kind = "myagents:Bad"
+after = "first"
+policy = "optional"
+fallback = ["myagents:Bad", "myagents:Good"]
+
+[agents.third]
+kind = "command"
+prompt = "echo I was told {results[first]}"
+after = ["first", "second"]
+"""
+
+
+def planned(home: Path, text: str, name: str = "plan.toml") -> str:
+    (home / name).write_text(text)
+    return name
+
+
+def test_a_plan_runs_from_its_own_place(home: Path, tmp_path: Path) -> None:
+    planned(home, PLAN)
+    (home / "elsewhere").mkdir()
+    done = subprocess.run(
+        [*AGENTPOOL, "orchestrate", "--plan", "../plan.toml", "--json"], cwd=home / "elsewhere",
+        env=environment(home), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)["report"]
+    first, second, third = report["agents"]
+    assert first["result"] == {"prompt": "look at it", "path": str(home / "code")}
+    assert [each["kind"] for each in second["tries"]] == ["myagents:Bad", "myagents:Bad", "myagents:Good"]
+    assert "look at it" in third["result"]["stdout"]
+
+
+def test_a_plans_progress_and_costs(home: Path) -> None:
+    planned(home, PLAN + '[agents.fourth]\nkind = "myagents:Bad"\n[agents.fifth]\nkind = "command"\nafter = "fourth"\n')
+    done = run(home, "--plan", "plan.toml")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "second: failed, falling back to myagents:Good\n" in done.stdout
+    assert "fifth: skipped - it needs fourth, which failed\n" in done.stdout
+    assert "fourth: FAILED" in done.stdout
+    [row] = re.findall(r"^ second +succeeded +3 .*$", done.stdout, re.MULTILINE)
+    assert row.endswith("fell back to myagents:Good")
+    assert re.search(r"^ all together +FAILED +6 ", done.stdout, re.MULTILINE)
+
+
+def test_a_command_that_fails_has_failed(home: Path) -> None:
+    planned(home, 'prompt = "x"\n[agents.a]\nkind = "command"\nprompt = "false"\n'
+                  '[agents.b]\nkind = "command"\nprompt = "false"\nkwargs = { check = false }\n')
+    done = run(home, "--plan", "plan.toml", "--json")
+    assert done.returncode == 1
+    a, b = json.loads(done.stdout)["report"]["agents"]
+    assert "CommandFailed: false exited with 1" in a["error"]
+    assert b["ok"]
+
+
+def test_the_command_line_wins_over_the_plan(home: Path) -> None:
+    planned(home, 'prompt = "x"\npath = "nowhere"\nbudget_seconds = 5\n[agents.a]\nkind = "myagents:Good"\n')
+    done = run(home, "mine", "--plan", "plan.toml", "--path", "code", "--budget-seconds", "60", "--budget-mb", "300",
+               "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)["report"]
+    assert report["agents"][0]["result"] == {"prompt": "mine", "path": str(home / "code")}
+    assert (report["budget_seconds"], report["budget_mb"]) == (60, 300)
+
+
+def test_a_dry_run_shows_the_order_and_runs_nothing(home: Path) -> None:
+    planned(home, PLAN.replace("myagents:Bad", "myagents:Slow"))
+    done = run(home, "--plan", "plan.toml", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["1", "first", "myagents:Good"], ["2", "second", "myagents:Slow"], ["3", "third", "command"]]  # fmt: skip
+    document = json.loads(run(home, "Review", "--path", "code", "--dry-run", "--json").stdout)
+    assert [agent["name"] for agent in document["agents"]] == [
+        "security-analyst", "performance-auditor", "test-generator"]  # fmt: skip
+    assert not (home / "pids").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "said"),
+    [
+        (None, (), "No such file or directory: 'plan.toml'"),
+        ("prompt = ", (), "plan.toml: Invalid value (at"),
+        ("prompt = 'x'", (), "plan.toml: there are no agents"),
+        ("[agents.a]\nkind = 'command'", (), "plan.toml: prompt is missing"),
+        ("prompt = 'x'\n[agents.a]\nkynd = 'command'", (), "plan.toml: agents.a.kynd is unknown (did you mean kind?)"),
+        ("prompt = 'x'\n[agents.a]\nkind = 'nobody'", (), "plan.toml: agent 'a': unknown agent 'nobody'"),
+        ("prompt = 'x'\n[agents.a]\nkind = 'nowhere:Class'", (), "there is no module 'nowhere'"),
+        ("prompt = 'x'\n[agents.a]\nkind = 'command'\nafter = 'b'\n[agents.b]\nkind = 'command'\nafter = 'a'", (),
+         "a -> b -> a"),
+        ("prompt = 'x'\n[agents.a]\nkind = 'command'\n[agents.a]\nkind = 'command'", (), "plan.toml: Cannot declare"),
+        (PLAN, ("--agent", "myagents:Good"), "--agent and --plan contradict each other"),
+        (PLAN, ("--budget-seconds", "0"), "budget_seconds must be a number greater than 0"),
+        (PLAN, ("--path", "nowhere"), "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_wrong_plan_is_one_clear_error(home: Path, text: str | None, words: tuple[str, ...], said: str) -> None:
+    if text is not None:
+        planned(home, text)
+    done = run(home, "--plan", "plan.toml", *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+SLOW = 'prompt = "x"\n[agents.quick]\nkind = "myagents:Good"\n[agents.slow]\nkind = "myagents:Slow"\nafter = "quick"\n'
+
+
+def test_a_budget_that_is_spent_is_exit_code_124_and_what_was_found_is_printed(home: Path, is_alive: IsAlive) -> None:
+    planned(home, SLOW)
+    done = run(home, "--plan", "plan.toml", "--budget-seconds", "2", "--json")
+    assert (done.returncode, done.stderr) == (124, "")
+    report = json.loads(done.stdout)["report"]
+    assert [agent["state"] for agent in report["agents"]] == ["succeeded", "stopped"]
+    assert report["ending"] == "budget_spent"
+    assert not any(is_alive(int(pid)) for pid in (home / "pids").read_text().split())
+
+
+def test_an_optional_agent_does_not_decide_the_exit_code(home: Path) -> None:
+    planned(home, SLOW + 'policy = "optional"\n')
+    assert run(home, "--plan", "plan.toml", "--budget-seconds", "2").returncode == 0
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_found_before_ctrl_c_is_printed(home: Path, wait_until: Wait, as_json: bool) -> None:
+    planned(home, SLOW)
+    process = subprocess.Popen(
+        [*AGENTPOOL, "orchestrate", "--plan", "plan.toml", *(["--json"] if as_json else [])], cwd=home,
+        env=environment(home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with process:
+        pids = home / "pids"
+        wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"), "the agent did not start", 30)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in output + errors
+    if as_json:
+        report = json.loads(output)["report"]
+        assert report["ending"] == "interrupted"
+        assert [agent["state"] for agent in report["agents"]] == ["succeeded", "stopped"]
+    else:
+        assert "1 of 2 agents succeeded" in output
+        assert "Ended early: it was interrupted" in output
+        assert "slow: STOPPED" in output

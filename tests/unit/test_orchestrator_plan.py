@@ -219,9 +219,19 @@ class TestReport:
 
 
 class TestRendering:
-    @pytest.mark.parametrize("result", [None, 3, "text", [1, 2], {"answer": 42}])
+    @pytest.mark.parametrize("result", [None, 3, [1, 2], {"answer": 42}, {"stdout": None}])
     def test_results_of_other_agents_are_shown_as_they_are(self, result: Any) -> None:
         assert render_result(result) == [repr(result)]
+
+    @pytest.mark.parametrize(
+        "result", ["one\n  two\x1b[2J", {"answer": "one\n  two\x1b[2J\n"}, {"stdout": b"one\n  two\x1b[2J\n"}]
+    )
+    def test_words_are_lines(self, result: Any) -> None:
+        assert render_result(result) == ["one", "  two\\x1b[2J"]
+
+    def test_many_words_are_cut(self) -> None:
+        assert render_result("x\n" * 45) == ["x"] * 40 + ["(5 more lines)"]
+        assert render_result("") == []
 
     def test_a_list_that_is_no_table_is_not_taken_for_one(self) -> None:
         assert render_result({"summary": "s", "findings": ["text"], "errors": [], "tests": 3}) == ["s"]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-__all__ = ["jsonable", "printable", "render_result", "shortened"]
+__all__ = ["jsonable", "printable", "render_result", "shortened", "words_of"]
 
 #: Rows of a table in the text; the data have all of them.
 _ROWS: Final = 10
@@ -18,8 +18,13 @@ _ROWS: Final = 10
 _WIDTH: Final = 120
 #: Characters of a cell, the last column's excepted, which takes what is left of the line.
 _CELL: Final = 44
+#: Lines of an answer in words.
+_LINES: Final = 40
 #: Nested deeper than this, a value becomes its repr.
 _DEPTH: Final = 40
+
+
+_UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e\xa1-\U0010ffff]")
 
 
 class _Column(NamedTuple):
@@ -56,7 +61,12 @@ _TABLES: Final = (
 
 
 def render_result(result: Any) -> list[str]:
-    """The lines of a result: its summary, then a table of each list that is known, ten rows of it at most."""
+    """The lines of a result: its summary, then a table of each list that is known, ten rows of it at most.
+
+    Where it is words, as an agent program's or a command's, forty lines of them.
+    """
+    if (words := words_of(result)) is not None:
+        return _lines_of(words)
     if not isinstance(result, dict):
         return [_shortened_repr(result)]
     lines = [printable(str(result["summary"]))] if "summary" in result else []
@@ -64,6 +74,23 @@ def render_result(result: Any) -> list[str]:
     for table, rows in tables:
         lines += ["", *_table(table, rows)]
     return lines or [_shortened_repr(result)]
+
+
+def words_of(result: Any) -> str | None:
+    """A text, what an agent program answered, or what a command printed; None: it is none of these."""
+    if not isinstance(result, dict):
+        return result if isinstance(result, str) else None
+    answer, printed = result.get("answer"), result.get("stdout")
+    if isinstance(answer, str):
+        return answer
+    return printed.decode("utf-8", "replace") if isinstance(printed, bytes) else None
+
+
+def _lines_of(words: str) -> list[str]:
+    lines = words.strip().splitlines()
+    more = [f"({len(lines) - _LINES} more lines)"] if len(lines) > _LINES else []
+    # Not `printable`, which would take the indentation out.
+    return [*(_visible(line.expandtabs()) for line in lines[:_LINES]), *more]
 
 
 def _shortened_repr(value: Any) -> str:
@@ -104,7 +131,11 @@ def _cell(row: dict[str, Any], key: str) -> str:
 
 def printable(text: str) -> str:
     """`text` in one line, with what could move a terminal's cursor made visible: anyone may choose a file's name."""
-    return re.sub(r"[^\x20-\x7e\xa1-\U0010ffff]", lambda found: repr(found[0])[1:-1], " ".join(text.split()))
+    return _visible(" ".join(text.split()))
+
+
+def _visible(text: str) -> str:
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def shortened(text: str, width: int) -> str:
