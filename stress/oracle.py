@@ -37,9 +37,11 @@ RULES: Final = {
     "worker memory": "no worker's process tree grows beyond its bound",
 }
 _EXAMPLES: Final = 20
-#: Seconds after the keeper's death within which tasks die of it, and are known to.
+#: Seconds after the keeper's death within which tasks die of it.
 _KEEPER_DIES: Final = 1.0
-_KEEPER_KNOWN: Final = 10.0
+#: Seconds within which a process that is killed or about to die is dead, and its tasks are known to be lost. Process
+#: ids are used again: who had the same one before or after is another process.
+_LOST_WITHIN: Final = 10.0
 #: Shorter runs have no last half worth a slope.
 _FLAT_FROM_SECONDS: Final = 60.0
 _FLAT_MB: Final = 4.0
@@ -88,19 +90,19 @@ class _Task:
 
 
 class _Journal:
-    """What the workers wrote: task -> when it began or ended, and where; process -> when it was about to die."""
+    """What the workers wrote: task -> when it began or ended, and where; process id -> when one was about to die."""
 
     def __init__(self, path: Path) -> None:
         self.began: dict[int, list[tuple[float, int]]] = defaultdict(list)
         self.ended: dict[int, list[tuple[float, int]]] = defaultdict(list)
-        self.doomed: dict[int, float] = {}
+        self.doomed: dict[int, list[float]] = defaultdict(list)
         if not path.exists():
             return
         with open(path) as file:
             for line in file:
                 event, number, pid, when = line.split()
                 if event == "doomed":
-                    self.doomed[int(pid)] = float(when)
+                    self.doomed[int(pid)].append(float(when))
                 else:
                     (self.began if event == "began" else self.ended)[int(number)].append((float(when), int(pid)))
 
@@ -108,7 +110,7 @@ class _Journal:
 class _Blame:
     """Which process was killed by which fault, or by what an earlier task had left in it."""
 
-    def __init__(self, marks: list[Mark], doomed: dict[int, float]) -> None:
+    def __init__(self, marks: list[Mark], doomed: dict[int, list[float]]) -> None:
         self._doomed = doomed
         self._killed = {(pid, mark.at) for mark in marks if mark.kind == "kill_worker" for pid in mark.pids}
         self._keeper = [mark.at for mark in marks if mark.kind == "kill_keeper"]
@@ -117,11 +119,12 @@ class _Blame:
         """Whether one of these killed the task's process."""
         # Lost while its call was still on the way, or being rebuilt: it has no line in the journal.
         for when, pid in began or [(task.settled_at, task.pid)]:
-            if when >= self._doomed.get(pid, math.inf):
+            if any(at <= when and task.settled_at <= at + _LOST_WITHIN for at in self._doomed.get(pid, ())):
                 return True
-            if any(pid == dead and (when <= at + 0.5 or not began) for dead, at in self._killed):
+            if any(pid == dead and (when <= at + 0.5 or not began) and at - 0.5 <= task.settled_at <= at + _LOST_WITHIN
+                   for dead, at in self._killed):
                 return True
-            if any(when <= at + _KEEPER_DIES and at - 0.5 <= task.settled_at <= at + _KEEPER_KNOWN
+            if any(when <= at + _KEEPER_DIES and at - 0.5 <= task.settled_at <= at + _LOST_WITHIN
                    for at in self._keeper):
                 return True
         return False
