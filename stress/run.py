@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,6 +143,11 @@ def _report(results: list[report.Result], options: argparse.Namespace) -> None:
         word = "skipped" if one["why_skipped"] else "satisfied" if one["is_satisfied"] else "BROKEN"
         print(f"{one['scenario']} ({one['label']}): {word} {', '.join(broken)}".rstrip(), file=sys.stderr)
     print(f"wrote {', '.join(map(str, paths))}", file=sys.stderr)
+    if len(results) > 1:
+        words = Counter("skipped" if one["why_skipped"] else "satisfied" if one["is_satisfied"] else "BROKEN"
+                        for one in results)
+        print(f"{len(results)} scenarios: {', '.join(f'{count} {word}' for word, count in words.items())}",
+              file=sys.stderr)
 
 
 def _list() -> None:
