@@ -31,6 +31,7 @@ from agentpool import (
     ResultUnpicklingError,
     TaskKilledError,
     TaskPicklingError,
+    TaskTimeoutError,
     WorkerCrashedError,
 )
 
@@ -682,10 +683,15 @@ def test_kill_between_two_attempts(single: AgentPool, wait_until: WaitUntil) -> 
 def test_a_timeout_and_a_kill_of_one_task(make_pool: MakePool, note: Path, wait_until: WaitUntil) -> None:
     """The kill comes while the timeout is already stopping it: one outcome, and it is final."""
     pool = make_pool(1, kill_grace=1.0)
-    future = pool.options(timeout=0.05, retry=3).submit(hold_on_to_life, note)
-    wait_until(lambda: pool.get_pool_stats()["counters"]["timed_out"] == 1, "no timeout")
-    assert future.kill()
-    assert isinstance(future.exception(LONG), TaskKilledError)
+    for count in range(1, 11):
+        future = pool.options(timeout=0.05, retry=3).submit(hold_on_to_life, note)
+        wait_until(lambda count=count: pool.get_pool_stats()["counters"]["timed_out"] == count, "no timeout")
+        if future.kill():
+            assert isinstance(future.exception(LONG), TaskKilledError)
+            return
+        # On a busy machine its worker did not acknowledge in time, and was killed before anybody could ask for it.
+        assert isinstance(future.exception(LONG), TaskTimeoutError)
+    pytest.fail("ten were stopped before the kill came")
 
 
 # --- callbacks ---
