@@ -88,7 +88,8 @@ class Run:
         """The one under test; it is made on first use."""
         with self._lock:
             if self._executor is None:
-                self._executor = self.target.make(self.scenario.workers, self.scenario.settings)
+                given = self.scenario.settings
+                self._executor = self.target.make(self.scenario.workers, given(self) if callable(given) else given)
             return self._executor
 
     def replace_executor(self, old: Executor) -> None:

@@ -35,6 +35,7 @@ RULES: Final = {
     "files": "no temporary file is left",
     "parent memory": "the parent's memory is flat over the last half",
     "worker memory": "no worker's process tree grows beyond its bound",
+    "floor": "where the machine is short of memory, the workers have no more of it together than there was to spare",
 }
 _EXAMPLES: Final = 20
 #: Seconds after the keeper's death within which tasks die of it.
@@ -223,6 +224,12 @@ def _judge_memory(verdict: Verdict, run: Run) -> None:
     elif run.recorder.peak_worker_mb > bound:
         verdict.breaks("worker memory", f"a worker's process tree had {run.recorder.peak_worker_mb:.0f} MB, of "
                                         f"{bound:.0f} at most")
+    if run.recorder.floor_mb is None:
+        verdict.not_judged["floor"] = "the scenario is not short of memory"
+    elif run.recorder.crossed_mb > 0:
+        verdict.breaks("floor", f"the workers had {run.recorder.crossed_mb:.0f} MB more than the "
+                                f"{run.recorder.spare_mb:.0f} MB to spare, while less than "
+                                f"{run.recorder.floor_mb:.0f} MB were available")
     rows = run.recorder.rows()
     if not rows or rows[-1]["t"] < _FLAT_FROM_SECONDS:
         verdict.not_judged["parent memory"] = f"the run is shorter than {_FLAT_FROM_SECONDS:.0f} s"

@@ -41,6 +41,11 @@ class Recorder:
         self.peak_worker_mb = 0.0
         self.peak_workers = 0
         self.least_available_mb = procs.available() / MB
+        #: memory that is to stay available, and what the executor may take beside that; None: nobody asked for it
+        self.floor_mb: float | None = None
+        self.spare_mb = 0.0
+        #: by how much the executor had more than that, while less than that was available
+        self.crossed_mb = 0.0
         self._settled = 0
         self._at = self.began_at
 
@@ -80,6 +85,8 @@ class Recorder:
         self.peak_worker_mb = max(self.peak_worker_mb, *workers.values(), 0.0)
         self.peak_workers = max(self.peak_workers, len(workers))
         self.least_available_mb = min(self.least_available_mb, available_mb)
+        if self.floor_mb is not None and available_mb < self.floor_mb:
+            self.crossed_mb = max(self.crossed_mb, pool_mb - self.spare_mb)
         row = {
             "t": round(now - self.began_at, 3), "settled": settled, "rate": round(rate, 2),
             "open": len(self._ledger.open), "pool_mb": round(pool_mb, 1), "workers_mb": workers,

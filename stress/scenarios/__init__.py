@@ -21,9 +21,10 @@ NAMES: Final = ("burst", "agents", "leaky", "greedy", "crashy", "hangs", "payloa
 class Scenario:
     """title: one line. tasks: by default; brief: for `make stress`; minutes: by default, instead of a number of tasks.
 
-    workers, settings: of the executor (settings: of ours). faults: see `stress.faults`, one every so many seconds.
-    needs: features without which it makes no sense. worker_peak_mb: what a worker's tree may reach, None: anything.
-    may_refuse: exceptions of `submit` that are part of it. patience: seconds without anything settled that are a hang.
+    workers, settings: of the executor (settings: of ours, or what makes them for a run). faults: see `stress.faults`,
+    one every so many seconds. needs: features without which it makes no sense. worker_peak_mb: what a worker's tree may
+    reach, None: anything. may_refuse: exceptions of `submit` that are part of it. patience: seconds without anything
+    settled that are a hang.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Scenario:
     minutes: float | None = None
     brief_minutes: float | None = None
     workers: int = 4
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] | Callable[[Run], Mapping[str, Any]] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
     fault_every: float = 3.0
     needs: tuple[str, ...] = ()

@@ -156,6 +156,56 @@ class TestCounters:
             assert bench.core.counters.workers_killed == count
 
 
+    def test_every_further_attempt_counts(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        policy = RetryPolicy(stop=tenacity.stop_after_attempt(9), wait=tenacity.wait_none(),
+                             retry=tenacity.retry_if_exception_type())
+        task, _ = bench.started(policy=policy)
+        for count in (1, 2, 3):
+            bench.fail(task, OSError())
+            bench.advance(0.0)
+            assert bench.core.counters.retried == count
+
+    def test_every_timeout_counts(self, make_bench) -> None:
+        bench = make_bench(max_workers=2)
+        tasks = [bench.started(timeout=float(seconds))[0] for seconds in (1, 2)]
+        for count in (1, 2):
+            bench.advance(1.0)
+            assert bench.core.counters.timed_out == count
+        assert {task.state for task in tasks} == {TaskState.STOPPING}
+
+    def test_every_lost_dispatch_counts_and_the_waits_grow(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        task, worker = bench.started()
+        waits = []
+        for count in (1, 2, 3, 4):
+            bench.exit(worker, -9, began=False, keeper_lost=True)
+            assert task.dispatch_failures == count
+            waits.append(task.timer.when - bench.now)
+            while task.state is not TaskState.RUNNING:
+                bench.advance(0.05)
+                for worker in bench.spawned():
+                    bench.ready(worker)
+            worker = task.worker
+        assert waits[3] > 0.4 > 0.15 > waits[0]
+
+    def test_several_may_be_leaving_at_once(self, make_bench) -> None:
+        bench = make_bench(max_workers=2, max_tasks_per_child=3)
+        tasks = [bench.submit(call_key="f") for _ in range(12)]
+        for worker in bench.spawned():
+            bench.ready(worker)
+        workers = [task.worker for task in tasks[:2]]
+        for worker in workers:
+            bench.finish(worker.running, seconds=0.5)
+            bench.sample(worker, 20)
+        for worker in workers:
+            bench.finish(worker.running, seconds=0.5)
+            bench.sample(worker, 20)
+        assert [worker.is_leaving for worker in workers] == [True, True]
+        assert bench.core.leaving == 2
+        assert len(bench.spawned()) == 2
+
+
 class TestStory:
     def test_it_tells_what_happened_when(self, make_bench) -> None:
         bench = make_bench()
@@ -192,6 +242,11 @@ class TestStory:
     def test_an_action_knows_whom_it_concerns(self) -> None:
         worker = WorkerRecord(1, 0.0)
         assert [kind(worker).worker for kind in (act.Revoke, act.Collect, act.DumpStack, act.StopTool)] == [worker] * 4
+        task = TaskRecord(1, TaskSpec(), None)
+        asked = act.AskToStop(worker, task, True)
+        assert (asked.worker, asked.task, asked.wants_stack) == (worker, task, True)
+        changed = act.BreakerChanged("closed", "open", "why")
+        assert (changed.old, changed.new, changed.reason) == ("closed", "open", "why")
 
 
 class TestWaiting:
@@ -213,6 +268,47 @@ class TestWaiting:
         assert queue.peek() is None
         queue.push_front(task := TaskRecord(2, TaskSpec(), None))
         assert queue.pop() is task
+
+    def test_what_was_dropped_goes_once_it_is_more_than_what_is_queued(self) -> None:
+        queue = TaskQueue()
+        tasks = [TaskRecord(number, TaskSpec(priority=number % 2), None) for number in range(200)]
+        for task in tasks:
+            queue.push(task)
+
+        def drop(count: int) -> None:
+            for _ in range(count):
+                task = next(iter(reversed(list(queue))))
+                task.state = TaskState.RESOLVED
+                queue.discard()
+
+        def held() -> int:
+            return sum(map(len, queue._lanes.values()))
+
+        drop(100)
+        assert (len(queue), held()) == (100, 200), "as many as are queued"
+        drop(1)
+        assert (len(queue), held()) == (99, 99)
+        assert queue.peek() is tasks[1]
+        drop(64)
+        assert (len(queue), held()) == (35, 99), "no more than 64"
+        drop(1)
+        assert (len(queue), held()) == (34, 34)
+        drop(34)
+        assert (len(queue), queue.peek()) == (0, None)
+        queue.push(task := TaskRecord(999, TaskSpec(), None))
+        assert queue.pop() is task
+
+    def test_a_queue_whose_tasks_were_all_dropped_is_a_queue(self) -> None:
+        queue = TaskQueue()
+        tasks = [TaskRecord(number, TaskSpec(), None) for number in range(65)]
+        for task in tasks:
+            queue.push(task)
+        for task in tasks:
+            task.state = TaskState.RESOLVED
+            queue.discard()
+        assert (len(queue), queue._lanes, queue.peek()) == (0, {}, None)
+        queue.push_front(again := TaskRecord(99, TaskSpec(), None))
+        assert queue.peek() is again
 
     def test_the_time_of_several_calls_is_that_many_times_that_of_one(self) -> None:
         durations = Durations()
@@ -259,6 +355,26 @@ class TestChecks:
             "worker after worker is above its memory limit (100 MB) after its first task (now 150 MB), so each task "
             "pays for a new process. Usually that is what the task imports: raise memory_limit_mb, or name those "
             "modules in preload=(...), which makes them part of the baseline")
+
+
+class TestHardLimit:
+    @pytest.mark.parametrize(("rss_mb", "readings"), [(100, None), (100.5, 2), (125, 2), (125.5, 1)])
+    def test_at_the_limit_nothing_a_little_over_it_twice_plainly_over_it_once(
+        self, make_bench, rss_mb, readings
+    ) -> None:
+        bench = make_bench(max_workers=1, hard_memory_limit_mb=100)
+        task, worker = bench.started()
+        for count in (1, 2, 3):
+            bench.sample(worker, rss_mb)
+            assert (task.stop is not None) == (readings is not None and count >= readings)
+
+    def test_two_readings_of_one_moment_are_no_growth(self) -> None:
+        worker = WorkerRecord(1, 0.0)
+        assert recycling._growth_per_second(worker) == 0.0
+        worker.samples.append((1.0, 5))
+        assert recycling._growth_per_second(worker) == 0.0
+        worker.samples.append((3.0, 15))
+        assert recycling._growth_per_second(worker) == 5.0
 
 
 class TestPolicies:
