@@ -17,11 +17,13 @@ import marshal
 import os
 import select
 import sys
+from time import monotonic
 
 from agentpool_worker.authkey import set_authkey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Final
 
 #: Descriptors of a worker, in the order in which they are sent: calls, results, control, standard error, page, and the
@@ -35,6 +37,8 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 #: Without a message for so long, in milliseconds, the keeper imports what the first workers did not wait for.
 _LATER: Final = 50
+#: A process is kept ready for this long, in seconds, after a worker was replaced.
+_SPARE_SECONDS: Final = 5.0
 
 
 _libc: Any = None
@@ -70,6 +74,11 @@ class Keeper:
         self._preload_failure = ""
         self._is_lean = True
         self._workers: dict[int, int] = {}  # pid -> worker id
+        #: forked ahead, as pid and socket: it becomes the next worker in half the time, and is kept while workers are
+        #: being replaced
+        self._spare: tuple[int, socket.socket] | None = None
+        self._spare_until = 0.0
+        self._has_buried = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def run(self) -> None:
@@ -96,8 +105,8 @@ class Keeper:
         poll.register(self._parent, select.POLLIN)
         poll.register(self._wake_read, select.POLLIN)
         while not self._is_parent_gone and os.getppid() == self._parent_pid:
-            events = poll.poll(_LATER if self._is_lean and self._workers else None)
-            if not events and self._is_lean:
+            events = poll.poll(self._patience())
+            if not events and not self._sees_to_spare() and self._is_lean:
                 self._import_more()
                 _freeze()
             for descriptor, _ in events:
@@ -106,6 +115,15 @@ class Keeper:
                     self._reap()
                 else:
                     self._receive()
+
+    def _patience(self) -> float | None:
+        """Milliseconds until there is something to do without being told."""
+        spare_seconds = self._spare_until - monotonic()
+        if self._spare is None and spare_seconds > 0:
+            return 0
+        if self._is_lean and self._workers:
+            return _LATER
+        return None if self._spare is None else max(0.0, spare_seconds) * 1000 + 1
 
     def _parent_died(self, *_: object) -> None:
         self._is_parent_gone = True
@@ -120,10 +138,7 @@ class Keeper:
             raise ParentGone from None
         if not data:
             raise ParentGone
-        descriptors: list[int] = []
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                descriptors += [int.from_bytes(payload[i : i + 4], sys.byteorder) for i in range(0, len(payload), 4)]
+        descriptors = _descriptors(ancillary)
         message = marshal.loads(data)
         if message[0] == "spawn":
             self._spawn(message[1], descriptors)
@@ -142,6 +157,7 @@ class Keeper:
             self._is_lean = False
             return
         if not is_first:
+            self._dismiss_spare()  # it knows what was set up before
             return
         # Here, so that workers share its pages; pickle, with re and enum, as nearly every module wants it.
         import faulthandler  # noqa: F401
@@ -198,13 +214,15 @@ class Keeper:
             self._tell(("failed", worker_id, self._preload_failure))
         else:
             try:
-                pid = os.fork()
+                pid = self._send_spare(worker_id, descriptors) or os.fork()
             except OSError as error:
                 self._tell(("failed", worker_id, f"fork failed: {error}"))
             else:
                 if pid == 0:
-                    self._become_worker(worker_id, descriptors)
+                    self._become_worker(lambda: (worker_id, descriptors))
                 self._workers[pid] = worker_id
+                if self._has_buried and self._setup["method"] != "spawn":
+                    self._spare_until = monotonic() + _SPARE_SECONDS
                 # We have not waited for it, so that the pid is still its own.
                 pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
                 self._tell(("spawned", worker_id, pid), pidfd)
@@ -213,8 +231,48 @@ class Keeper:
         for descriptor in descriptors:
             os.close(descriptor)
 
-    def _become_worker(self, worker_id: int, descriptors: list[int]) -> None:
-        """In the forked child. Never returns."""
+    def _sees_to_spare(self) -> bool:
+        """Nobody wants anything: have a spare where workers are being replaced, and none otherwise. True: it is new."""
+        if monotonic() >= self._spare_until:
+            self._dismiss_spare()
+        elif self._spare is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                pid = os.fork()
+            except OSError:
+                self._spare_until = 0.0  # when a worker is wanted, the failure will be told
+            else:
+                if pid == 0:
+                    ours.close()
+                    self._become_worker(lambda: _take_over(theirs))
+                self._spare = pid, ours
+                return True
+            finally:
+                theirs.close()
+        return False
+
+    def _send_spare(self, worker_id: int, descriptors: list[int]) -> int:
+        """Have the spare become this worker; returns its pid. 0: there is none."""
+        if self._spare is None:
+            return 0
+        (pid, spare), self._spare = self._spare, None
+        rights = b"".join(descriptor.to_bytes(4, sys.byteorder) for descriptor in descriptors)
+        try:
+            spare.sendmsg([marshal.dumps(worker_id)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        except OSError:  # somebody killed it
+            return 0
+        finally:
+            spare.close()
+        return pid
+
+    def _dismiss_spare(self) -> None:
+        if self._spare is not None:
+            (pid, spare), self._spare = self._spare, None
+            spare.close()
+            _kill_child(pid)
+
+    def _become_worker(self, take_over: Callable[[], tuple[int, list[int]]]) -> None:
+        """In the forked child. Never returns. `take_over`: waits for the worker's id and descriptors."""
         try:
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -227,16 +285,18 @@ class Keeper:
                 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             if self._setup["data_limit"] is not None:
                 resource.setrlimit(resource.RLIMIT_DATA, (self._setup["data_limit"],) * 2)
+            _reseed()
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-            calls, results, control, stderr, page, *arena = self._arrange(descriptors)
+            self._let_go()
+            worker_id, descriptors = take_over()
+            calls, results, control, stderr, page, *arena = _out_of_the_way(descriptors)
             os.dup2(stderr, 2)
             os.close(stderr)
             os.environ["AGENTPOOL_WORKER"] = str(worker_id)
             if self._setup["method"] == "spawn":
                 self._exec(worker_id, calls, results, control, page, *arena)
-            _reseed()
             from agentpool_worker import main
 
             main.serve(worker_id, calls, results, control, page, *arena)
@@ -246,21 +306,13 @@ class Keeper:
         finally:
             os._exit(1)
 
-    def _arrange(self, descriptors: list[int]) -> list[int]:
-        """Keep nothing of the keeper's; have the worker's descriptors at high numbers."""
-        import fcntl
-
+    def _let_go(self) -> None:
+        """In the forked child: keep nothing of the keeper's."""
         self._parent.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
-        import resource
-
-        moved = []
-        base = min(_FD_BASE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-        for descriptor in descriptors:
-            moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, base))
-            os.close(descriptor)
-        return moved
+        if self._spare is not None:
+            self._spare[1].close()
 
     def _exec(self, worker_id: int, *descriptors: int) -> None:
         """A fresh interpreter. What it must know beside its descriptors goes through the page, as argv has limits."""
@@ -289,11 +341,15 @@ class Keeper:
                 return
             if pid == 0:
                 break
+            if self._spare is not None and pid == self._spare[0]:
+                self._dismiss_spare()
             worker_id = self._workers.pop(pid, None)
             if worker_id is not None:
+                self._has_buried = True
                 self._tell(("exited", worker_id, os.waitstatus_to_exitcode(status)))
+        spare_pid = 0 if self._spare is None else self._spare[0]
         for pid in _children():
-            if pid not in self._workers:
+            if pid not in self._workers and pid != spare_pid:
                 _kill_child(pid)
 
     def _end(self) -> None:
@@ -310,6 +366,37 @@ class Keeper:
                 os._exit(0)
             self._workers.pop(pid, None)
             pids = set(_children()) | set(self._workers)
+
+
+def _take_over(keeper: socket.socket) -> tuple[int, list[int]]:
+    """In a spare: wait for the id and the descriptors of the worker that it is to be."""
+    data, ancillary, _, _ = keeper.recvmsg(64, socket.CMSG_SPACE(WORKER_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        os._exit(0)  # it is not wanted
+    keeper.close()
+    return marshal.loads(data), _descriptors(ancillary)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Those that came with a message."""
+    found: list[int] = []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found += [int.from_bytes(payload[i : i + 4], sys.byteorder) for i in range(0, len(payload), 4)]
+    return found
+
+
+def _out_of_the_way(descriptors: list[int]) -> list[int]:
+    """Have the worker's descriptors at high numbers."""
+    import fcntl
+    import resource
+
+    moved = []
+    base = min(_FD_BASE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    for descriptor in descriptors:
+        moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, base))
+        os.close(descriptor)
+    return moved
 
 
 def _freeze() -> None:
