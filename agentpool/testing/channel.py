@@ -26,7 +26,8 @@ class FakeChannel:
     __slots__ = (
         "_next_slot", "_outgoing", "_slots", "began_slots", "calls", "calls_fd", "control", "held", "is_closed",
         "is_corrupt", "is_full", "is_handed_over", "is_last_call_sent", "is_results_ended", "machine", "process",
-        "results", "results_fd", "revoked_slots", "stderr", "stderr_fd", "stderr_tail", "story", "worker_fd",
+        "results", "results_fd", "revoked_slots", "stderr", "stderr_count", "stderr_fd", "stderr_tail", "story",
+        "worker_fd",
     )
 
     def __init__(self, machine: Machine) -> None:
@@ -38,6 +39,7 @@ class FakeChannel:
         self.stderr_fd = first + 2
         self.worker_fd = first + 4
         self.stderr_tail = b""
+        self.stderr_count = 0
         machine.channels[self.worker_fd] = self
         self.process: FakeProcess | None = None
         #: in the pipe of calls: written, and not read by the worker
@@ -192,10 +194,16 @@ class FakeChannel:
             self.machine.readable.discard(self.results_fd)
         return frames, self.is_results_ended
 
+    def stderr_since(self, position: int) -> tuple[bytes, int]:
+        """What came after so many bytes, as far as it is kept, and how many came in all."""
+        count = self.stderr_count
+        return self.stderr_tail[max(0, len(self.stderr_tail) - max(0, count - position)) :], count
+
     def read_stderr(self) -> bytes:
         """What the worker wrote to its standard error since; the tail is kept. b"" where there is nothing."""
         data, self.stderr = self.stderr, b""
         self.stderr_tail = (self.stderr_tail + data)[-4096:]
+        self.stderr_count += len(data)
         if not self.is_results_ended:
             self.machine.readable.discard(self.stderr_fd)
         return data

@@ -101,6 +101,12 @@ def write(path: Path, text: object) -> None:
     path.with_suffix(".new").rename(path)
 
 
+def send_all_through_the_pipe() -> None:
+    from agentpool_worker import arena
+
+    arena.SHARED_FROM = 1 << 60
+
+
 def hold(here: Path, gate: Path) -> int:
     with open(here.with_suffix(".log"), "a") as log:
         log.write(f"{os.getpid()}\n")
@@ -341,7 +347,7 @@ def test_a_worker_is_killed_in_the_middle_of_a_result(
     make_pool: MakePool, is_alive: IsAlive, wait_until: WaitUntil, tmp_path: Path, size: int, held_up: bool
 ) -> None:
     """Held up, nobody reads until it is dead: what is in the pipe is surely a part. Else it may be any part, or all."""
-    pool = make_pool(2)
+    pool = make_pool(2, initializer=send_all_through_the_pipe)
     pool.submit(os.getpid).result(30)
     gate = threading.Event()
     try:
@@ -369,7 +375,7 @@ def test_a_worker_is_killed_in_the_middle_of_a_result(
 def test_a_stopped_worker_in_the_middle_of_a_result_stalls_nobody(
     make_pool: MakePool, is_alive: IsAlive, wait_until: WaitUntil, tmp_path: Path
 ) -> None:
-    pool = make_pool(2)
+    pool = make_pool(2, initializer=send_all_through_the_pipe)
     task = pool.submit(send, tmp_path / "here", 64 * MB)
     worker = int(await_text(tmp_path / "here", wait_until))
     os.kill(worker, signal.SIGSTOP)
