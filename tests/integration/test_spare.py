@@ -66,10 +66,14 @@ def test_it_goes_when_workers_are_no_longer_replaced(make_pool: MakePool, wait_u
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_one_that_was_killed_is_no_failed_start(make_pool: MakePool, wait_until: WaitUntil, number: int) -> None:
+def test_one_that_was_killed_is_no_failed_start(
+    make_pool: MakePool, wait_until: WaitUntil, is_alive: Callable[[int], bool], number: int
+) -> None:
     with make_pool(1, max_tasks_per_child=1) as pool:
-        for pid in replace_worker(pool, wait_until):
+        ahead = replace_worker(pool, wait_until)
+        for pid in ahead:
             os.kill(pid, number)
+        wait_until(lambda: not any(map(is_alive, ahead)), "a signal did not end it")
         assert all(pool.submit(os.getpid).result(LONG) for _ in range(5))
         assert pool.breaker.failure_count == 0
 
