@@ -39,9 +39,16 @@ def replace_worker(pool: AgentPool, wait_until: WaitUntil) -> set[int]:
 def spares(pool: AgentPool) -> set[int]:
     """Children of the keeper that are no workers and never were."""
     with pool._manager.lock:
-        children = {child.pid for child in keeper_of(pool).children() if child.status() != psutil.STATUS_ZOMBIE}
+        children = {child.pid for child in keeper_of(pool).children() if is_running(child)}
         workers = {link.pid for link in pool._manager._staff.links.values()}
         return set() if None in workers else children - workers
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_it_becomes_the_next_worker(make_pool: MakePool, wait_until: WaitUntil) -> None:
