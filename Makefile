@@ -22,7 +22,7 @@ export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup lint types core coverage bench stress mutants conformance core313 conformance313 python313 clean
+.PHONY: help demo test setup lint types core coverage bench stress mutants acceptance conformance core313 conformance313 python313 clean
 
 # Prints the first interpreter of the versions $(1) that runs and can make an environment. A name on PATH proves nothing:
 # pyenv's shims exist for versions that are not selected, and Debian's python3 comes without venv.
@@ -106,6 +106,11 @@ $(VENV)/.installed-mutants: pyproject.toml | $(BIN)/python
 mutants: $(VENV)/.installed-mutants ## mutation testing of agentpool/core with mutmut, results in mutants/ (about 2 hours)
 	CI=1 nice -n 19 $(BIN)/mutmut run --max-children 1 $(if $(MUTANTS),'$(MUTANTS)')
 	$(BIN)/python -m stress.mutants
+
+# Installs into .acceptance what can be had, and skips the rest with the reason.
+acceptance: $(VENV)/.installed-test ## real agent programs (claude, codex, llm, ...) against a local API, loopback only
+	$(BIN)/python tests/acceptance/install.py .acceptance
+	$(BIN)/python tests/acceptance/in_namespace.py $(BIN)/python -m pytest tests/acceptance -rs $(PYTEST_ARGS)
 
 conformance: $(VENV)/.installed-test ## CPython's own executor tests, where this interpreter or AGENTPOOL_CPYTHON_SUITE has them
 	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)

@@ -38,6 +38,7 @@ from agentpool.errors import (
 )
 
 if TYPE_CHECKING:
+    from agentpool.agents.registry import AgentKind, AgentRegistry, agent
     from agentpool.breaker import ResourceCircuitBreaker
     from agentpool.config import BreakerSettings, HostBudget, PoolSettings
     from agentpool.core.retry import Escalate, RetryPolicy
@@ -52,8 +53,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Agent",
     "AgentFuture",
+    "AgentKind",
     "AgentPool",
     "AgentPoolError",
+    "AgentRegistry",
     "BreakerSettings",
     "CircuitOpenError",
     "Escalate",
@@ -85,6 +88,7 @@ __all__ = [
     "WorkerCrashedError",
     "WorkerKilledError",
     "__version__",
+    "agent",
     "get_agent_pool",
     "get_circuit_breaker",
     "get_resource_monitor",
@@ -94,7 +98,9 @@ __all__ = [
 _LAZY = {
     "Agent": "agentpool_worker.agents.base",
     "AgentFuture": "agentpool.futures",
+    "AgentKind": "agentpool.agents.registry",
     "AgentPool": "agentpool.pool",
+    "AgentRegistry": "agentpool.agents.registry",
     "BreakerSettings": "agentpool.config",
     "Escalate": "agentpool.core.retry",
     "HostBudget": "agentpool.config",
@@ -104,6 +110,7 @@ _LAZY = {
     "ResourceMonitor": "agentpool.monitor",
     "RetryPolicy": "agentpool.core.retry",
     "TaskSnapshot": "agentpool.futures",
+    "agent": "agentpool.agents.registry",
     "get_agent_pool": "agentpool.pool",
     "get_circuit_breaker": "agentpool.pool",
     "get_resource_monitor": "agentpool.monitor",

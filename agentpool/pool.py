@@ -106,7 +106,7 @@ class AgentPool(Submitting, Operating):
 
         `pool.options(timeout=30, priority=5).submit(task)`. Views are cheap, Executors themselves, and may be kept.
         """
-        return PoolView(self, self._options.updated(options))
+        return PoolView(self, self._options.updated(options), frozenset(options))
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -182,15 +182,16 @@ class AgentPool(Submitting, Operating):
 class PoolView(Submitting):
     """A pool with other task options: an Executor of its own, sharing the pool's workers."""
 
-    def __init__(self, pool: AgentPool, options: TaskOptions) -> None:
+    def __init__(self, pool: AgentPool, options: TaskOptions, given: frozenset[str]) -> None:
         self._pool = pool
+        self._given = given
         self._manager = pool._manager
         self._options = options
         self._spec = spec_of(options)
 
     def options(self, **options: Unpack[TaskOptionsDict]) -> PoolView:
         """A view with some options replaced again."""
-        return PoolView(self._pool, self._options.updated(options))
+        return PoolView(self._pool, self._options.updated(options), self._given | options.keys())
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shuts down the pool itself."""

@@ -12,8 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar, cast
 
 from agentpool.config import IDEMPOTENT_ATTEMPTS, MB, TaskOptions
 from agentpool.core.records import TaskSpec
@@ -24,6 +25,7 @@ from agentpool.runtime.manager import Manager
 from agentpool_worker import protocol
 
 if TYPE_CHECKING:
+    from agentpool.agents.registry import AgentKind
     from agentpool.io.arena import Held
     from agentpool_worker.protocol import Payload
 
@@ -43,6 +45,10 @@ class Submitting(Executor):
     _manager: Manager
     _options: TaskOptions
     _spec: TaskSpec
+    #: the options that the view was given, over those of the pool
+    _given: frozenset[str] = frozenset()
+    #: what tasks of an agent ask for, by kind or class; with the key itself, as equal kinds need not be the same
+    _agent_specs: dict[Any, tuple[Any, TaskSpec]] | None = None
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"an {type(self).__name__} cannot be sent to a worker or copied; make a pool inside the task")
@@ -90,33 +96,54 @@ class Submitting(Executor):
                 return self._accept(payload, (), self._spec, protocol.run_chunk.__code__)
         return self.submit(protocol.run_chunk, fn, columns)
 
-    def submit_agent(self, kind: str | type, prompt: str, /, **kwargs: Any) -> AgentFuture[Any]:
+    def submit_agent(self, kind: str | type | AgentKind, prompt: str, /, **kwargs: Any) -> AgentFuture[Any]:
         """Run an agent: `kind(...).run(prompt, **kwargs)` in a worker that keeps the instance for the next task.
 
         kind: an agent class, the name of a stock agent ("security-analyst", "performance-auditor", "test-generator",
-        "command"), or "module:Class". A kind that declares `idempotent` gets three attempts where its worker is lost,
-        unless the view or pool says otherwise. Raises LookupError or TypeError for what is no agent, and what `submit`
-        raises.
+        "command", "claude", "codex", ...), "module:Class", or an `AgentKind`, also by the name or class that `@agent`
+        registered it under. The options of a kind apply where the view does not say otherwise. A kind that declares
+        `idempotent` gets three attempts where its worker is lost, an agent program three where its model's API is
+        overloaded, unless the view, kind or pool says otherwise. Raises LookupError or TypeError for what is no agent,
+        and what `submit` raises.
         """
-        from dataclasses import replace
-
         from agentpool_worker.agents import base
 
-        cls = base.resolve(kind)
-        name = base.kind_name(kind)
-        spec = replace(self._spec, kind=name, name=self._spec.name or name)
-        if spec.policy is None and self._says_nothing_of_retry() and getattr(cls, "idempotent", False):
-            spec = replace(spec, policy=compile_policy(IDEMPOTENT_ATTEMPTS))
+        registry = sys.modules.get("agentpool.agents.registry")  # not loaded: nobody has made a kind
+        found: AgentKind | None = None if registry is None else registry.kind_of(kind)
+        target = kind if found is None else found.target
+        cls = base.resolve(cast(Any, target))
+        name = base.kind_name(cast(Any, target))
+        spec = self._agent_spec(cls, name, found)
         try:
-            payload, buffers = protocol.dumps((protocol.run_agent, (kind, prompt, kwargs), {}))
+            payload, buffers = protocol.dumps((protocol.run_agent, (target, prompt, kwargs), {}))
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             return self._refuse(pickling_error(error, cls, (prompt,), kwargs))
         return self._accept(payload, buffers, spec, name)
 
-    def _says_nothing_of_retry(self) -> bool:
-        return self._options.retry is None and self._manager.core.settings.retry is None
+    def _agent_spec(self, cls: type, name: str, kind: AgentKind | None) -> TaskSpec:
+        """What the tasks of an agent ask for: by the view, else the kind, else the class, else the pool."""
+        key = cls if kind is None else kind
+        if self._agent_specs is None or len(self._agent_specs) >= _REMEMBERED:
+            self._agent_specs = {}
+        known = self._agent_specs.get(key)
+        if known is not None and known[0] is key:
+            return known[1]
+        options = self._options
+        if kind is not None:
+            options = options.updated({what: value for what, value in kind.options.items() if what not in self._given})
+        spec = replace(spec_of(options), kind=name, name=options.name or name)
+        if options.retry is None and self._manager.core.settings.retry is None and "retry" not in self._given:
+            is_idempotent = getattr(cls, "idempotent", False) if kind is None else kind.is_idempotent
+            if getattr(cls, "retries_transient_errors", False):
+                from agentpool.agents.retry import agent_retry
+
+                spec = replace(spec, policy=agent_retry(lost_workers=is_idempotent))
+            elif is_idempotent:
+                spec = replace(spec, policy=compile_policy(IDEMPOTENT_ATTEMPTS))
+        self._agent_specs[key] = (key, spec)
+        return spec
 
     def map(
         self,

@@ -14,6 +14,7 @@ from agentpool import __version__
 from agentpool.cli.health import health
 from agentpool.cli.orchestrate import orchestrate
 from agentpool.cli.run import SETTINGS, USAGE, run
+from agentpool.cli.sweep import sweep
 from agentpool.cli.terminal import UsageProblem, give_up_output, message
 from agentpool.errors import SettingsError
 
@@ -83,6 +84,17 @@ A plan:
   prompt = "Sum up: {results}"
 """
 
+_SWEEP_EXAMPLES: Final = """\b
+A pool ends its own processes, also when its program is killed. What this finds
+is left after worse: a machine without subreapers, a keeper killed as well.
+Exit code: 0; 1 where a process could not be ended.
+
+\b
+Examples:
+  agentpool sweep --dry-run
+  agentpool sweep --json
+"""
+
 app = typer.Typer(
     name="agentpool",
     help="Run agents, each in its own pooled process, and keep the machine alive while they misbehave.",
@@ -114,6 +126,7 @@ def _main(
 app.command("orchestrate", epilog=_ORCHESTRATE_EXAMPLES)(orchestrate)
 app.command("run", epilog=_RUN_EXAMPLES, options_metavar=USAGE, context_settings=SETTINGS)(run)
 app.command("health")(health)
+app.command("sweep", epilog=_SWEEP_EXAMPLES)(sweep)
 
 
 def run_app(args: list[str]) -> int:

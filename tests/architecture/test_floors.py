@@ -31,6 +31,7 @@ FLOORS = {
     "agentpool.runtime": 3,
     "agentpool.breaker": 4,
     "agentpool.pool": 4,
+    "agentpool.agents": 3,
     "agentpool.submitting": 4,
     "agentpool.operating": 4,
     "agentpool.futures": 4,

@@ -167,7 +167,6 @@ def test_a_kept_session_answers_again_and_remembers_nothing(claude: Make) -> Non
     assert len({answer["session_id"] for answer in answers}) == 1, "one process"
     assert [answer["cost_usd"] for answer in answers] == [0.25] * 3
     assert all(answer["is_warm"] for answer in answers)
-    assert agent.kept_kib() > 1000
 
 
 def test_a_silent_turn_is_interrupted_and_the_session_goes_on(claude: Make) -> None:
@@ -180,11 +179,8 @@ def test_a_silent_turn_is_interrupted_and_the_session_goes_on(claude: Make) -> N
     assert second["session_id"] == first["session_id"]
 
 
-def test_a_session_that_hears_no_interrupt_is_replaced(
-    claude: Make, is_alive: IsAlive, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("agentpool_worker.agents.session.INTERRUPT_SECONDS", 0.3)
-    agent = claude(session=True, stall_timeout=0.4, stop_grace=0.2)
+def test_a_session_that_hears_no_interrupt_is_replaced(claude: Make, is_alive: IsAlive) -> None:
+    agent = claude(session=True, stall_timeout=0.4, interrupt_seconds=0.3, stop_grace=0.2)
     first = agent.run("hello")
     with pytest.raises(AgentStalledError):
         agent.run("DEAF")

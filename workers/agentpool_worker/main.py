@@ -237,8 +237,7 @@ class Worker:
                 payload, buffers = b"", ()
             self.shared.release(frame)  # before the result goes: whoever waits for it finds the block free
         if _agents_set_up() != agents:
-            kept = sys.modules["agentpool_worker.agents.base"].agents_kib()
-            self._send(encode(protocol.AGENT_SET_UP, task_id, x=_rss_kib() + kept), started)
+            self._send(encode(protocol.AGENT_SET_UP, task_id, x=_rss_kib()), started)
         ended = time.monotonic()
         rss = peak = 0
         if ended - self._measured_at > MEASURE_EVERY:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 if TYPE_CHECKING:
     from asyncio import Runner
 
-__all__ = ["STOCK", "Agent", "Configured", "agents_kib", "close_all", "kind_name", "resolve", "run_agent"]
+__all__ = ["STOCK", "Agent", "Configured", "close_all", "kind_name", "resolve", "run_agent"]
 
 #: The agents that come with agentpool, by the name that users give: where their class is.
 STOCK: Final[dict[str, str]] = {
@@ -42,10 +42,16 @@ class Agent:
     name: shown in reports; empty: the class's own name.
     idempotent: True promises that running a task twice does no harm. Only then is a task whose worker was lost run
     again without being asked for.
+    retries_transient_errors: True: a task that raised an `AgentError` which passes by itself (an overloaded API) is run
+    again without being asked for.
+    interrupts_itself: True: the class takes a keyword `timeout` and keeps to it, which costs no worker; a kind's
+    timeout is handed to it, and the pool's is only the net below.
     """
 
     name: ClassVar[str] = ""
     idempotent: ClassVar[bool] = False
+    retries_transient_errors: ClassVar[bool] = False
+    interrupts_itself: ClassVar[bool] = False
 
     def setup(self) -> Any:
         """Load what every task needs. An error fails the task that caused it; the next task tries anew."""
@@ -169,11 +175,6 @@ def run_agent(kind: str | type[Any] | Configured, prompt: str, kwargs: dict[str,
         _instances.pop(key, None)
         _close(agent)
         raise
-
-
-def agents_kib() -> int:
-    """The memory of the processes that agents keep, in KiB, as they report it: it belongs to the worker's baseline."""
-    return sum(agent.kept_kib() for agent in _instances.values() if hasattr(agent, "kept_kib"))
 
 
 def close_all() -> None:

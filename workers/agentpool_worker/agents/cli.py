@@ -24,8 +24,9 @@ from agentpool_worker.agents.failures import (
 )
 from agentpool_worker.agents.presets import PRESETS, Preset, find, version_of
 from agentpool_worker.agents.program import Program
-from agentpool_worker.agents.reading import Event, OutputReader, Reading
+from agentpool_worker.agents.reading import OutputReader, Reading
 from agentpool_worker.agents.session import Session
+from agentpool_worker.agents.telling import Teller
 
 __all__ = ["Aider", "Claude", "CliAgent", "CliAnswer", "Codex", "Copilot", "Gemini", "Llm", "OpenCode"]
 
@@ -53,8 +54,12 @@ class CliAnswer(TypedDict):
 #: The configuration that every program has, with its defaults; the options of its preset come on top.
 _CONFIG: Final[dict[str, Any]] = {
     "command": None, "argv": None, "args": (), "form": None, "rules": None, "env": None, "cwd": None, "timeout": None,
-    "stall_timeout": None, "stop_grace": 1.0, "system_prompt": None, "session": False, "name": None,
+    "stall_timeout": None, "interrupt_seconds": 2.0, "stop_grace": 1.0, "system_prompt": None, "session": False,
 }  # fmt: skip
+
+
+#: The same where the worker itself is to stop: all must be done within the pool's `kill_grace`.
+_INTERRUPT_SECONDS: Final = 0.3
 
 
 class CliAgent(Agent):
@@ -66,12 +71,15 @@ class CliAgent(Agent):
     form, rules: how its output is read, see `agentpool_worker.agents.reading`; default: as the preset says.
     env, cwd: as in `CommandAgent`; `run(cwd=...)` and `run(path=...)` win.
     timeout: seconds for an answer: AgentTimeoutError. stall_timeout: seconds without a sign of life:
-        AgentStalledError. None: no limit but the pool's. stop_grace: seconds before what does not end is killed.
+        AgentStalledError. None: no limit but the pool's. interrupt_seconds: how long a kept session may take to break
+        its turn off before it is ended. stop_grace: seconds before what does not end is killed.
     system_prompt: what it is told beforehand. session: keep the program for the next prompt (claude).
     Everything else is an option of the preset, such as `model`.
     """
 
     idempotent: ClassVar[bool] = False
+    retries_transient_errors: ClassVar[bool] = True
+    interrupts_itself: ClassVar[bool] = True
     preset: ClassVar[Preset | None] = None
 
     def __init__(self, **config: Any) -> None:
@@ -160,30 +168,26 @@ class CliAgent(Agent):
         if session is not None:
             session.program.end(self._config["stop_grace"])
 
-    def kept_kib(self) -> int:
-        """The memory of the kept program and all below it, in KiB; 0: none is kept."""
-        return self._session.program.kept_kib() if self._session is not None else 0
-
     # -- a process per prompt ------------------------------------------------------------------------------------
 
     def _ask_program(
         self, prompt: str, cwd: str | None, timeout: float | None, stall: float | None
     ) -> tuple[Reading, bool]:
         words, feed = self._words(prompt)
-        reader = self._reader()
+        reader, teller = self._reader(), Teller()
         program = self._start([self._program, *words, *self._option_words(stall)], cwd)
         try:
             program.send(feed)
             program.close_input()
-            self._read_to_end(program, reader, timeout, stall)
+            self._read_to_end(program, reader, teller, timeout, stall)
         finally:
             program.end(self._config["stop_grace"])
-        _emit(reader.finish())
+        teller.tell(reader.finish())
         self._check(reader, program.exit_code, program.stderr_tail)
         return reader.reading, False
 
     def _read_to_end(
-        self, program: Program, reader: OutputReader, timeout: float | None, stall: float | None
+        self, program: Program, reader: OutputReader, teller: Teller, timeout: float | None, stall: float | None
     ) -> None:
         began = time.monotonic()
         while True:
@@ -193,7 +197,7 @@ class CliAgent(Agent):
                 waits.append(program.heard_at + stall - now)
             line = program.read_line(max(0.0, min(waits, default=3600.0)))
             if line is not None:
-                _emit(reader.feed(line))
+                teller.tell(reader.feed(line))
                 continue
             if program.exit_code is not None:
                 return
@@ -288,19 +292,19 @@ class CliAgent(Agent):
         is_warm = self._ready(cwd)
         session = self._session
         assert session is not None
-        reader = self._reader()
+        reader, teller = self._reader(), Teller()
         try:
-            session.ask(prompt, lambda line: _emit(reader.feed(line)), timeout, stall)
+            session.ask(prompt, lambda line: teller.tell(reader.feed(line)), timeout, stall)
         except AgentTimeoutError as error:
             error.answer = reader.reading.answer
-            if not session.interrupt():
+            if not session.interrupt(self._config["interrupt_seconds"]):
                 self.close()
             raise
         except AgentError:
             self.close()
             raise
-        except BaseException:  # asked to stop: the worker retires after this
-            session.interrupt()
+        except BaseException:  # asked to stop: the worker retires after this, and is killed if that takes long
+            session.interrupt(_INTERRUPT_SECONDS)
             self.close()
             raise
         session.program.sweep()
@@ -328,10 +332,6 @@ def _told(prompt: str, path: str | None, out: str | None) -> str:
     if out is not None:
         prompt += f"\n\nWrite what you produce into the directory {out}"
     return prompt
-
-
-def _emit(events: list[Event]) -> None:
-    """Hand events to whoever listens to this task."""
 
 
 class _Prefixed(CliAgent):

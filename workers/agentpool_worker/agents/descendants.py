@@ -13,12 +13,11 @@ import time
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-__all__ = ["MARK", "Process", "below", "end_all", "processes", "resident_kib", "strays"]
+__all__ = ["MARK", "Process", "below", "end_all", "processes", "strays"]
 
 #: In the environment of an agent program and of all that it starts.
 MARK: Final = "AGENTPOOL_AGENT"
 
-_PAGE_KIB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
 #: Looks at most: a process that forks while it is looked for is seen the next time.
 _LOOKS: Final = 50
 _PAUSE_SECONDS: Final = 0.005
@@ -32,7 +31,6 @@ class Process(NamedTuple):
     session: int
     started: int
     state: str
-    rss_kib: int
 
 
 def processes() -> dict[int, Process]:
@@ -62,7 +60,6 @@ def _read(pid: int) -> Process | None:
         session=int(fields[3]),
         started=int(fields[19]),
         state=fields[0].decode(),
-        rss_kib=int(fields[21]) * _PAGE_KIB,
     )
 
 
@@ -78,13 +75,6 @@ def below(root: int, table: dict[int, Process]) -> list[Process]:
             found.append(process)
             todo.append(process.pid)
     return found
-
-
-def resident_kib(root: int) -> int:
-    """The RSS of a process and all its descendants, added up."""
-    table = processes()
-    own = table.get(root)
-    return (own.rss_kib if own is not None else 0) + sum(process.rss_kib for process in below(root, table))
 
 
 def strays(mark: str, since: int, spared: Iterable[int]) -> list[Process]:

@@ -95,10 +95,6 @@ class Program:
         """The last that it wrote to standard error."""
         return self._tail[-_STDERR_TAIL:].decode("utf-8", "replace").strip()
 
-    def kept_kib(self) -> int:
-        """The memory of it and its descendants, in KiB."""
-        return descendants.resident_kib(self.pid) if self.exit_code is None else 0
-
     # -- talking -------------------------------------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:

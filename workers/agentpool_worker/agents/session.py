@@ -20,8 +20,6 @@ __all__ = ["Session", "Turn"]
 START_SECONDS: Final = 60.0
 #: For the acknowledgement that the conversation was forgotten.
 CLEAR_SECONDS: Final = 10.0
-#: For the end of a turn that was interrupted.
-INTERRUPT_SECONDS: Final = 2.0
 #: Silence after which a follow-up that should come, as a background task ended, is not waited for any more.
 SETTLE_SECONDS: Final = 5.0
 #: The same where it is unknown whether one will come.
@@ -162,8 +160,8 @@ class Session:
         self.is_used = False
         return True
 
-    def interrupt(self) -> bool:
-        """Break the turn off. True: it is over, and the session can be used again."""
+    def interrupt(self, seconds: float) -> bool:
+        """Break the turn off. True: it is over within so many seconds, and the session can be used again."""
         if not self.is_alive:
             return False
         turn = Turn()
@@ -175,7 +173,7 @@ class Session:
             turn.feed(said)
             return turn.is_answered
 
-        said = self._await(is_over, INTERRUPT_SECONDS)
+        said = self._await(is_over, seconds)
         return said is not None and not turn.has_background_tasks
 
     # -- the protocol --------------------------------------------------------------------------------------------
