@@ -20,6 +20,8 @@ from agentpool.agents import AgentKind, AgentRegistry, AgentRejectedError, Agent
 
 pytestmark = pytest.mark.timeout(240)
 HELLO = "Hello from the local server."
+#: A prompt that a careless template makes options of.
+ODD = "--help me, please; $(id) 'and' so on"
 
 MakePool = Callable[..., AgentPool]
 Program = Callable[[str], str]
@@ -195,7 +197,7 @@ def test_codex(program: Program, make_pool: MakePool, api: Any, surroundings: di
         "argv": ["exec", "--json", "--skip-git-repo-check", *args, "-"],
     })
     pool = make_pool(2)
-    futures = [pool.submit_agent(kind, f"prompt {number}") for number in range(4)]
+    futures = [pool.submit_agent(kind, f"{ODD} {number}") for number in range(4)]
     answers = [future.result(120) for future in futures]
     assert [answer["answer"] for answer in answers] == [HELLO] * 4
     assert answers[0]["usage"]["output_tokens"] == 5
@@ -217,8 +219,9 @@ def test_llm(program: Program, make_pool: MakePool, api: Any, surroundings: dict
         "env": {"LLM_USER_PATH": str(folder), "OPENAI_API_KEY": "dummy"},
     }, retry=agent_retry(3, initial=0.1))
     pool = make_pool(1)
-    assert pool.submit_agent(kind, "hello").result(60)["answer"] == HELLO
+    assert pool.submit_agent(kind, ODD).result(60)["answer"] == HELLO
     assert "MARMALADE" in json.dumps(api.bodies[-1])
+    assert ODD in api.requests
     with pytest.raises(AgentRejectedError):
         pool.submit_agent(kind, "ERR 401").result(60)
 
@@ -231,8 +234,9 @@ def test_gemini(program: Program, make_pool: MakePool, api: Any, surroundings: d
         "command": program("gemini"), "model": "gemini-2.5-flash",
         "env": {"GEMINI_API_KEY": "dummy", "GOOGLE_GEMINI_BASE_URL": api.url, "GEMINI_CLI_TRUST_WORKSPACE": "true"},
     })
-    answer = make_pool(1).submit_agent(kind, "hello").result(120)
+    answer = make_pool(1).submit_agent(kind, ODD).result(120)
     assert answer["answer"] == HELLO
+    assert any(ODD in said for said in api.requests)
     assert answer["usage"]
 
 
@@ -243,8 +247,9 @@ def test_opencode(program: Program, make_pool: MakePool, api: Any, surroundings:
         "options": {"baseURL": f"{api.url}/v1", "apiKey": "dummy"}}}}))
     kind = AgentKind(name="opencode", agent="opencode", config={
         "command": program("opencode"), "model": "local/local", "cwd": str(folder)})
-    answer = make_pool(1).submit_agent(kind, "hello").result(120)
+    answer = make_pool(1).submit_agent(kind, ODD).result(120)
     assert answer["answer"] == HELLO
+    assert any(ODD in said for said in api.requests)
 
 
 def test_copilot(program: Program, make_pool: MakePool, api: Any, surroundings: dict[str, str]) -> None:
@@ -252,5 +257,6 @@ def test_copilot(program: Program, make_pool: MakePool, api: Any, surroundings: 
         "command": program("copilot"), "model": "local",
         "env": {"COPILOT_PROVIDER_BASE_URL": f"{api.url}/v1", "COPILOT_PROVIDER_TYPE": "openai",
                 "COPILOT_PROVIDER_API_KEY": "dummy", "COPILOT_OFFLINE": "true"}})
-    answer = make_pool(1).submit_agent(kind, "hello").result(120)
+    answer = make_pool(1).submit_agent(kind, ODD).result(120)
     assert answer["answer"] == HELLO
+    assert any(ODD in said for said in api.requests)

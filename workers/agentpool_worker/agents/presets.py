@@ -24,9 +24,10 @@ class Preset(NamedTuple):
     """How one program is used.
 
     argv: the words after the program; `{prompt}` stands for the prompt, and where no word has it, the prompt goes to
-    standard input. options: the words that an option of the agent becomes, `{}` being its value; an option that is not
-    here is not known to the program. oldest: the oldest version that is known to work so.
-    checked: the version that this was checked with. natives: where, beside an npm wrapper, the native program is.
+    standard input. In a word of its own a prompt that begins with a dash would be an option.
+    options: the words that an option of the agent becomes, `{}` being its value; an option that is not here is not
+    known to the program. oldest: the oldest version that is known to work so. checked: the versions that this was
+    checked with. natives: where, beside an npm wrapper, the native program is.
     error_pattern: in an answer, what tells that it is an error, of a program that ends with 0 all the same.
     """
 
@@ -124,7 +125,7 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             name="gemini",
             program="gemini",
-            argv=("-p", "{prompt}", "-o", "json"),
+            argv=("--prompt={prompt}", "-o", "json"),
             form="json",
             rules={
                 "answer": "response",
@@ -142,7 +143,7 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             name="copilot",
             program="copilot",
-            argv=("-p", "{prompt}", "-s"),
+            argv=("--prompt={prompt}", "-s"),
             form="text",
             rules={},
             oldest=(1, 0),
@@ -158,7 +159,7 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             name="opencode",
             program="opencode",
-            argv=("run", "--format", "json", "{prompt}"),
+            argv=("run", "--format", "json"),
             form="jsonl",
             rules={
                 "answer": "+part.text [type=text]",
@@ -184,7 +185,7 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             name="aider",
             program="aider",
-            argv=("--message", "{prompt}", "--yes-always", "--no-git", "--no-pretty", "--no-stream",
+            argv=("--message={prompt}", "--yes-always", "--no-git", "--no-pretty", "--no-stream",
                   "--no-check-update", "--no-show-release-notes", "--no-analytics"),
             form="text",
             rules={},
