@@ -38,6 +38,7 @@ class OrchestrateOptions:
     path: str | None
     out: str | None
     agents: Sequence[str]
+    runner: str | None
     budget_seconds: float | None
     budget_mb: float | None
     stop_on_failure: bool
@@ -68,6 +69,14 @@ def orchestrate(
         list[str] | None,
         typer.Option("--agent", metavar="NAME", help="Run this agent, not those that are planned; may be repeated."),
     ] = None,
+    runner: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What runs the agents of .claude/agents: claude, codex, ..., auto (the first that is installed), or "
+            "stock to leave them alone.  [default: auto, or the plan's]",
+        ),
+    ] = None,
     budget_seconds: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="For the whole plan: then what runs is stopped.")
     ] = None,
@@ -95,7 +104,7 @@ def orchestrate(
 ) -> None:
     """Plan a prompt into agents, or take a plan from a file, run them in pooled workers, and report."""
     options = OrchestrateOptions(
-        prompt=prompt, plan=plan, path=path, out=out, agents=agents or [], budget_seconds=budget_seconds,
+        prompt=prompt, plan=plan, path=path, out=out, agents=agents or [], runner=runner, budget_seconds=budget_seconds,
         budget_mb=budget_mb, stop_on_failure=stop_on_failure, dry_run=dry_run, as_json=as_json, timeout=timeout,
         max_workers=max_workers, max_concurrent=max_concurrent, memory_limit=memory_limit,
     )
@@ -140,14 +149,14 @@ def _plan(options: OrchestrateOptions) -> Plan:
     try:
         chosen = _planned_by_words(options) if options.plan is None else _planned_by_file(options, options.plan)
         check_kinds(chosen)
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (OSError, ImportError, LookupError, TypeError, ValueError) as error:
         where = "" if options.plan is None else f"{options.plan}: "
         raise UsageProblem(f"{where}{error}") from error
     return chosen
 
 
 def _planned_by_words(options: OrchestrateOptions) -> Plan:
-    from agentpool.orchestrator import plan
+    from agentpool.orchestrator import kinds_for, plan
 
     if options.prompt is None:
         raise UsageProblem("PROMPT is missing: say what is to be done, or name a plan with --plan")
@@ -157,6 +166,7 @@ def _planned_by_words(options: OrchestrateOptions) -> Plan:
     return plan(
         options.prompt, path=options.path or os.curdir, out=options.out, agents=options.agents or None,
         budget_seconds=options.budget_seconds, budget_mb=options.budget_mb, stops_on_failure=options.stop_on_failure,
+        kinds=kinds_for(options.runner or "auto", project=os.getcwd(), home=os.path.expanduser("~")),
     )  # fmt: skip
 
 
@@ -173,6 +183,7 @@ def _planned_by_file(options: OrchestrateOptions, file: str) -> Plan:
     data.setdefault("path", os.getcwd())
     given = {
         "prompt": options.prompt,
+        "runner": options.runner,
         "path": None if options.path is None else os.path.abspath(options.path),
         "out": None if options.out is None else os.path.abspath(options.out),
         "budget_seconds": options.budget_seconds,

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentpool.config import MB
-from agentpool_worker.agents.base import kind_name
+from agentpool.orchestrator.plans import label_of
 from agentpool_worker.agents.rendering import jsonable, printable
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "agents": [
             {
                 "name": agent.name,
-                "kind": kind_name(agent.kind),
+                "kind": label_of(agent.kind),
                 "step": steps[agent.name],
                 "reason": agent.reason,
                 "prompt": jsonable(agent.prompt),
@@ -71,7 +71,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
                 "after": list(agent.after),
                 "results_as": agent.results_as,
                 "policy": agent.policy,
-                "fallback": [kind_name(kind) for kind in agent.fallback],
+                "fallback": [label_of(kind) for kind in agent.fallback],
                 "options": jsonable(agent.options),
                 "expected_memory_mb": agent.expected_memory_mb,
             }
@@ -88,8 +88,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(title, overflow="fold")
     steps = steps_of(plan)
     for agent in sorted(plan.agents, key=lambda each: steps[each.name]):
-        cells = (agent.name, kind_name(agent.kind), ", ".join(agent.after), agent.policy,
-                 ", ".join(kind_name(kind) for kind in agent.fallback), agent.reason)
+        cells = (agent.name, label_of(agent.kind), ", ".join(agent.after), agent.policy,
+                 ", ".join(label_of(kind) for kind in agent.fallback), agent.reason)
         table.add_row(str(steps[agent.name]), *(Text(printable(cell) or _NONE) for cell in cells))
     return table
 

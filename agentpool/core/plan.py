@@ -268,7 +268,8 @@ class PlanState:
         held = sum(node.held_bytes for node in self._active.values())
         self.peak_bytes = max(self.peak_bytes, held)
         running = [node for node in self._active.values() if node.state is NodeState.STARTED and node.seen_bytes]
-        if self.budget_bytes is None or held <= self.budget_bytes or not running:
+        # One alone that is over it has the budget for its hard limit, which is the pool's to keep.
+        if self.budget_bytes is None or held <= self.budget_bytes or len(self._active) < 2 or not running:
             self._over_since = None
             return
         if len(running) < len(self._active):

@@ -12,23 +12,25 @@ from dataclasses import fields
 from typing import Any, Final
 
 from agentpool.errors import PlanError
-from agentpool.orchestrator.plans import Plan, PlannedAgent, checked_paths
+from agentpool.orchestrator.plans import Plan, PlannedAgent, checked_paths, run_on
+from agentpool.orchestrator.runners import kinds_for
 
 __all__ = ["plan_from_mapping"]
 
 _AGENT_KEYS: Final = tuple(field.name for field in fields(PlannedAgent) if field.name not in ("name", "reason"))
-_TEXTS: Final = frozenset({"prompt", "path", "out", "kind", "results_as", "policy"})
+_TEXTS: Final = frozenset({"runner", "prompt", "path", "out", "kind", "results_as", "policy"})
 _NUMBERS: Final = frozenset({"budget_seconds", "budget_mb", "expected_memory_mb"})
 _TABLES: Final = frozenset({"agents", "kwargs", "options"})
 _LISTS: Final = frozenset({"after", "fallback"})
-_PLAN_KEYS: Final = ("prompt", "path", "out", "budget_seconds", "budget_mb", "stops_on_failure", "agents")
+_PLAN_KEYS: Final = ("prompt", "path", "out", "runner", "budget_seconds", "budget_mb", "stops_on_failure", "agents")
 
 
 def plan_from_mapping(data: Mapping[str, Any], *, base: str | os.PathLike[str] = os.curdir) -> Plan:
     """The plan that `data` describes; `path` (by default `base` itself) and `out` are relative to `base`.
 
     Keys are the fields of `Plan`; `agents` maps the name of each agent to the fields of its `PlannedAgent`, of which
-    `kind` is the name by default. Kinds are names, prompts are texts.
+    `kind` is the name by default. Kinds are names, prompts are texts. Where there is a `runner`, the agents that
+    `.claude/agents` describes, in `base` and then in the user's home, stand for the kinds of their names: `kinds_for`.
 
     Raises PlanError, which names the key, for unknown and missing keys, wrong types, and plans that cannot be carried
     out; FileNotFoundError and NotADirectoryError for its paths, as `plan` does.
@@ -43,7 +45,9 @@ def plan_from_mapping(data: Mapping[str, Any], *, base: str | os.PathLike[str] =
                               None if data.get("out") is None else os.path.join(base, data["out"]))
     agents = tuple(_agent(name, table) for name, table in data["agents"].items())
     bounds = {key: data[key] for key in ("budget_seconds", "budget_mb", "stops_on_failure") if key in data}
-    return Plan(data["prompt"], path, out, agents, **bounds)
+    plan = Plan(data["prompt"], path, out, agents, **bounds)
+    kinds = kinds_for(data.get("runner"), project=os.fspath(base), home=os.path.expanduser("~"))
+    return run_on(plan, kinds)
 
 
 def _agent(name: str, table: Any) -> PlannedAgent:

@@ -7,23 +7,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, Final, Literal
 
+from agentpool.agents.registry import AgentKind, kind_of
 from agentpool.config import MB, TaskOptions
 from agentpool.core.plan import PlanNode, check_nodes
 from agentpool.errors import PlanError, SettingsError
 from agentpool.orchestrator.prompts import named_results
-from agentpool.orchestrator.words import REVIEWERS, asked_for
-from agentpool_worker.agents.base import kind_name, resolve
+from agentpool.orchestrator.runners import Kinds
+from agentpool.orchestrator.words import GENERAL, REVIEWERS, asked_for
+from agentpool_worker.agents.base import STOCK, kind_name, resolve
 
-__all__ = ["AgentKindLike", "Plan", "PlannedAgent", "Policy", "check_kinds", "checked_paths", "nodes_of", "plan"]
+__all__ = [
+    "AgentKindLike",
+    "Plan",
+    "PlannedAgent",
+    "Policy",
+    "check_kinds",
+    "checked_paths",
+    "label_of",
+    "nodes_of",
+    "plan",
+    "run_on",
+]
 
 #: What `pool.submit_agent` takes.
-AgentKindLike = str | type[Any]
+AgentKindLike = str | type[Any] | AgentKind
 Policy = Literal["required", "optional"]
 PromptMaker = Callable[[Mapping[str, Any]], str]
 
+_TASK_OPTIONS: Final = frozenset(option.name for option in fields(TaskOptions))
 #: Options of a task that are the orchestrator's own business.
 _OWN_OPTIONS: Final = frozenset({"name", "block"})
 
@@ -44,8 +58,8 @@ class PlannedAgent:
         depends on it runs without its result.
     fallback: kinds that are tried in its place, in order, each when the one before it has failed for good.
     options: as `pool.options` takes them, such as `timeout`, `retry`, `hard_memory_limit_mb`.
-    expected_memory_mb: what it is expected to hold, reserved in the plan's `budget_mb` while it runs; by default the
-        pool's `memory_limit_mb`.
+    expected_memory_mb: what it is expected to hold, reserved while it runs, in the plan's `budget_mb` and as the task
+        option of this name; by default the kind's, and in the budget else the pool's `memory_limit_mb`.
 
     Raises PlanError for what no agent can be.
     """
@@ -64,7 +78,7 @@ class PlannedAgent:
     expected_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
-        name = self.name or kind_name(self.kind)
+        name = self.name or (self.kind.name if isinstance(self.kind, AgentKind) else kind_name(self.kind))
         _check(isinstance(name, str), f"an agent's name must be a string, got {name!r}")
         object.__setattr__(self, "name", name)
         for part in ("after", "fallback"):
@@ -85,9 +99,20 @@ class PlannedAgent:
         if own := sorted(_OWN_OPTIONS & set(self.options)):
             raise PlanError(f"agent {self.name!r}: the option {own[0]!r} is set by the orchestrator itself")
         try:
-            TaskOptions().updated(self.options)
+            TaskOptions().updated(self.all_options)
         except SettingsError as error:
             raise PlanError(f"agent {self.name!r}: {error}") from error
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """`options`, and what else of it is a task option."""
+        expected = {} if self.expected_memory_mb is None else {"expected_memory_mb": self.expected_memory_mb}
+        return {**{name: value for name, value in expected.items() if name in _TASK_OPTIONS}, **self.options}
+
+    @property
+    def kinds(self) -> tuple[AgentKindLike, ...]:
+        """Its kind, then its fallbacks."""
+        return (self.kind, *self.fallback)
 
     def _check_results(self) -> None:
         if self.results_as is not None:
@@ -143,11 +168,30 @@ def nodes_of(plan: Plan, usual_mb: float) -> list[PlanNode]:
         usual_mb = min(usual_mb, plan.budget_mb)
     nodes = []
     for agent in plan.agents:
-        expected = usual_mb if agent.expected_memory_mb is None else agent.expected_memory_mb
+        expected = tuple(int((_expected_mb(agent, kind) or usual_mb) * MB) for kind in agent.kinds)
         nodes.append(PlanNode(name=agent.name, after=tuple(agent.after), is_required=agent.policy == "required",
-                              expected_bytes=(int(expected * MB),) * (1 + len(agent.fallback))))
+                              expected_bytes=expected))
     check_nodes(nodes, None if plan.budget_mb is None else int(plan.budget_mb * MB))
     return nodes
+
+
+def _expected_mb(agent: PlannedAgent, kind: AgentKindLike) -> float | None:
+    given: float | None = agent.options.get("expected_memory_mb", agent.expected_memory_mb)
+    found = kind_of(kind)
+    return given if given is not None or found is None else found.expected_memory_mb
+
+
+def label_of(kind: AgentKindLike) -> str:
+    """What a kind is called in reports: an agent from a file with the program that runs it."""
+    if not isinstance(kind, AgentKind):
+        return kind_name(kind)
+    is_program = isinstance(kind.agent, str) and kind.agent in STOCK and kind.agent != kind.name
+    return f"{kind.name} ({kind.agent})" if is_program else kind.name
+
+
+def _class_of(kind: AgentKindLike) -> type[Any]:
+    found = kind_of(kind)
+    return resolve(found.target if found is not None else kind)  # type: ignore[arg-type]
 
 
 def check_kinds(plan: Plan) -> dict[str, list[type[Any]]]:
@@ -155,7 +199,7 @@ def check_kinds(plan: Plan) -> dict[str, list[type[Any]]]:
     classes = {}
     for agent in plan.agents:
         try:
-            classes[agent.name] = [resolve(kind) for kind in (agent.kind, *agent.fallback)]
+            classes[agent.name] = [_class_of(kind) for kind in agent.kinds]
         except (LookupError, TypeError) as error:
             raise type(error)(f"agent {agent.name!r}: {error}") from error
     return classes
@@ -170,6 +214,7 @@ def plan(
     budget_seconds: float | None = None,
     budget_mb: float | None = None,
     stops_on_failure: bool = False,
+    kinds: Kinds | None = None,
 ) -> Plan:
     """Plan which agents to run for `prompt`.
 
@@ -181,6 +226,8 @@ def plan(
         words, not a model: `agents` settles what it gets wrong.
     path: a Python file or a directory. out: a directory for written files, made if missing; None: none are written.
     budget_seconds, budget_mb, stops_on_failure: see `Plan`.
+    kinds: agents that were found in files, see `kinds_for`: they stand for the stock agents of the same names, a prompt
+        may name them, and a general review is by those of the project.
 
     Raises FileNotFoundError for a `path` that does not exist, NotADirectoryError where `out` is a file, LookupError
     for an unknown agent, TypeError for what is no agent, ValueError where no agent is left, PlanError (a ValueError)
@@ -189,10 +236,8 @@ def plan(
     where, target = checked_paths(path, out)
     if isinstance(agents, str):
         raise TypeError(f"agents must be a sequence of agents, got the string {agents!r}: write [{agents!r}]")
-    if agents is None:
-        chosen = [PlannedAgent(name, name, reason) for name, reason in asked_for(prompt)]
-    else:
-        chosen = _chosen_by_name(agents)
+    kinds = kinds or Kinds()
+    chosen = _chosen_by_words(prompt, kinds) if agents is None else _chosen_by_name(agents, kinds)
     if not chosen:
         raise ValueError(f"no agent is left to run for the prompt {prompt!r}; known are {', '.join(REVIEWERS)}")
     return Plan(prompt, where, target, tuple(chosen), budget_seconds=budget_seconds, budget_mb=budget_mb,
@@ -210,25 +255,59 @@ def checked_paths(path: str | os.PathLike[str], out: str | os.PathLike[str] | No
     return where, target
 
 
-def _chosen_by_name(agents: Sequence[AgentKindLike | PlannedAgent]) -> list[PlannedAgent]:
+def run_on(plan: Plan, kinds: Kinds) -> Plan:
+    """The same plan, with the agents that were found in files in place of the names of kinds."""
+    return replace(plan, agents=tuple(_run_on(agent, kinds) for agent in plan.agents))
+
+
+def _run_on(agent: PlannedAgent, kinds: Kinds) -> PlannedAgent:
+    kind, *spare = (kinds.find(each) or each if isinstance(each, str) else each for each in agent.kinds)
+    if kind is not agent.kind and kinds.falls_back and agent.kind in REVIEWERS and not spare:
+        spare = [agent.kind]
+    return replace(agent, kind=kind, fallback=tuple(spare))
+
+
+def _chosen_by_words(prompt: str, kinds: Kinds) -> list[PlannedAgent]:
+    """The agents that the prompt names; else those that its words mean; a general review is by all of the project's."""
+    if named := kinds.named_in(prompt):
+        chosen = [(kind.name, "the prompt names it") for kind in named]
+    else:
+        chosen = asked_for(prompt)
+        names = [name for name, _ in chosen]
+        if chosen and all(reason == GENERAL for _, reason in chosen):
+            own = [name for name in kinds.project if name in names or name not in REVIEWERS]
+            chosen = [(name, GENERAL) for name in own] or chosen
+    return [_run_on(PlannedAgent(name, name, reason), kinds) for name, reason in chosen]
+
+
+def _chosen_by_name(agents: Sequence[AgentKindLike | PlannedAgent], kinds: Kinds) -> list[PlannedAgent]:
     """Those that are only named are one where they are the same; those that are planned keep their names."""
     chosen: dict[str, PlannedAgent] = {}
     planned: list[PlannedAgent] = []
     for agent in agents:
         if isinstance(agent, PlannedAgent):
-            planned.append(agent)
+            planned.append(_run_on(agent, kinds))
             continue
         if agent == "command":
             raise LookupError("the agent 'command' runs command lines, not reviews: use `agentpool run`, "
                               f"PlannedAgent('command', prompt='a command line'), or one of {', '.join(REVIEWERS)}")
-        if isinstance(agent, str) and ":" not in agent and agent not in REVIEWERS:
-            known = ", ".join(REVIEWERS)
-            raise LookupError(f"unknown agent {agent!r}; known are {known}, or 'module:Class', or a class")
-        name = kind_name(resolve(agent))
+        name = _checked_name(agent, kinds)
         if name not in chosen:
-            chosen[name] = PlannedAgent(agent, name, "asked for by name")
+            chosen[name] = _run_on(PlannedAgent(agent, name, "asked for by name"), kinds)
             planned.append(chosen[name])
     return planned
+
+
+def _checked_name(agent: AgentKindLike, kinds: Kinds) -> str:
+    """What an agent that is only named is called. Raises LookupError or TypeError for what is none."""
+    if isinstance(agent, str) and kinds.find(agent) is not None:
+        return agent
+    found = kind_of(agent)
+    if found is None and isinstance(agent, str) and ":" not in agent and agent not in STOCK:
+        others = sorted({*(kind.name for kind in kinds), *STOCK} - {*REVIEWERS, "command"})
+        known = ", ".join((*REVIEWERS, *others))
+        raise LookupError(f"unknown agent {agent!r}; known are {known}, or 'module:Class', or a class")
+    return kind_name(_class_of(agent)) if found is None else found.name
 
 
 def _tuple(name: str, part: str, given: object) -> tuple[Any, ...]:

@@ -12,14 +12,15 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from agentpool.agents.registry import kind_of
 from agentpool.config import MB
 from agentpool.core.plan import Ending, NodeState, PlanState, StartAgent, StopAgent
 from agentpool.errors import PoolClosedError, QueueFullError
 from agentpool.futures import TaskSnapshot
-from agentpool.orchestrator.plans import AgentKindLike, Plan, PlannedAgent, check_kinds, nodes_of
+from agentpool.orchestrator.plans import AgentKindLike, Plan, PlannedAgent, check_kinds, label_of, nodes_of
 from agentpool.orchestrator.prompts import call_of
 from agentpool.orchestrator.reports import AgentOutcome, AgentState, AgentTry, OrchestrationReport, cost_of, usage_of
 from agentpool.runtime import interrupts
@@ -180,9 +181,9 @@ class _PlanRun:
             state.postponed(time.monotonic(), name)
             return
         agent = self._agents[name]
-        tried = _Try(_kinds_of(agent)[action.choice], time.monotonic())
+        tried = _Try(agent.kinds[action.choice], time.monotonic())
         try:
-            self._submit(agent, self._classes[name][action.choice].run, tried)
+            self._submit(agent, self._classes[name][action.choice], tried)
         except QueueFullError:
             state.postponed(time.monotonic(), name)
             return
@@ -194,26 +195,29 @@ class _PlanRun:
         except Exception as error:  # a prompt that is a function, or what the pool does not take: the agent's failure
             self._lost(name, tried, error)
 
-    def _submit(self, agent: PlannedAgent, run: object, tried: _Try) -> None:
+    def _submit(self, agent: PlannedAgent, cls: type[Any], tried: _Try) -> None:
         results = {name: self._results[name] for name in agent.after if name in self._results}
         missing = {name: self._why_missing(name) for name in agent.after if name not in results}
-        prompt, kwargs = call_of(self._plan, agent, run, results, missing)
-        if kind_name(tried.kind) == "command":
+        prompt, kwargs = call_of(self._plan, agent, cls.run, results, missing)
+        if kind_name(cls) == "command":
             kwargs.setdefault("check", True)  # what is to run after a command relies on it
-        view = self._pool.options(**{**agent.options, **self._limits(agent), "name": agent.name, "block": False})
+        limits = self._limits(agent, tried.kind)
+        view = self._pool.options(**{**agent.all_options, **limits, "name": agent.name, "block": False})
         with interrupts.held():  # so that no task is submitted and not known here
             future = view.submit_agent(tried.kind, prompt, **kwargs)
             tried.future = future
             self._tries[agent.name].append(tried)
             future.add_done_callback(lambda _: self._ended.put((agent.name, tried, time.monotonic())))
 
-    def _limits(self, agent: PlannedAgent) -> dict[str, float]:
+    def _limits(self, agent: PlannedAgent, kind: AgentKindLike) -> dict[str, float]:
         """No agent alone may hold more than the budget: the pool sees to that faster than we could."""
         if self._plan.budget_mb is None:
             return {}
-        own = agent.options.get("hard_memory_limit_mb") or self._pool.settings.hard_memory_limit_mb
+        found = kind_of(kind)
+        given = {**({} if found is None else found.options), **agent.all_options}
+        own = given.get("hard_memory_limit_mb") or self._pool.settings.hard_memory_limit_mb
         hard_mb = min(self._plan.budget_mb, own or self._plan.budget_mb)
-        soft_mb = agent.options.get("memory_limit_mb")
+        soft_mb = given.get("memory_limit_mb")
         limits = {"hard_memory_limit_mb": hard_mb}
         return limits if soft_mb is None else {**limits, "memory_limit_mb": min(soft_mb, hard_mb)}
 
@@ -260,13 +264,13 @@ class _PlanRun:
         tries = self._tries[agent.name]
         state = self._state.state_of(agent.name)
         if tries and tries[-1].future is not None and state is not NodeState.WAITING:
-            return tries[-1].future.snapshot()
+            return replace(tries[-1].future.snapshot(), kind=label_of(tries[-1].kind))
         word, error = "waiting", None
         if state.is_final:
             word = "failed" if tries else "skipped"
             error = _one_line(tries[-1].error) if tries and tries[-1].error else self._state.reason_of(agent.name)
-        kind = _kinds_of(agent)[self._state.choice_of(agent.name)]
-        return TaskSnapshot(0, agent.name, kind_name(kind), word, 0, 0.0, 0, 0, None, error)
+        kind = agent.kinds[self._state.choice_of(agent.name)]
+        return TaskSnapshot(0, agent.name, label_of(kind), word, 0, 0.0, 0, 0, None, error)
 
     # -- what came of it -----------------------------------------------------------------------------------------
 
@@ -296,7 +300,7 @@ class _PlanRun:
         ended_at = (tries[-1].ended_at or self._over_at or time.monotonic()) if tries else 0.0
         return AgentOutcome(
             name=agent.name,
-            kind=kind_name(tries[-1].kind if tries else agent.kind),
+            kind=label_of(tries[-1].kind if tries else agent.kind),
             state=word,
             required=agent.policy == "required",
             reason=None if word == "succeeded" else self._state.reason_of(agent.name),
@@ -311,10 +315,6 @@ _WORDS: Final[dict[NodeState, AgentState]] = {
     NodeState.FAILED: "failed",
     NodeState.SKIPPED: "skipped",
 }
-
-
-def _kinds_of(agent: PlannedAgent) -> list[AgentKindLike]:
-    return [agent.kind, *agent.fallback]
 
 
 def _come_to(tried: _Try) -> tuple[BaseException | None, Any]:
@@ -335,14 +335,14 @@ def _cost(tried: _Try) -> AgentTry:
     if tried.stop_reason is not None and error is not None:
         said = f"stopped: {tried.stop_reason}"
     if tried.future is None:
-        return AgentTry(kind=kind_name(tried.kind), error=said, error_details=details)
+        return AgentTry(kind=label_of(tried.kind), error=said, error_details=details)
     snapshot = tried.future.snapshot()
     began_at = snapshot.first_started_at or tried.ended_at or time.monotonic()
     source: object = error
     if error is None and tried.future.done():
         source = tried.future.result()
     return AgentTry(
-        kind=kind_name(tried.kind),
+        kind=label_of(tried.kind),
         attempts=snapshot.attempts,
         queue_seconds=max(0.0, began_at - tried.submitted_at),
         elapsed_seconds=snapshot.elapsed_seconds,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["REVIEWERS", "asked_for"]
+__all__ = ["GENERAL", "REVIEWERS", "asked_for"]
 
 #: The agents of a general review, in the order of its report.
 REVIEWERS: Final = ("security-analyst", "performance-auditor", "test-generator")
+
+#: The reason of those that were chosen since nothing was asked for.
+GENERAL: Final = "a general review"
 
 #: The words that ask for an agent, each as a pattern for a whole word in lower case. Words that say other things just
 #: as often ("perform", "fast" as in FastAPI, "memory") are left out on purpose.
@@ -47,7 +50,7 @@ def asked_for(prompt: str) -> list[tuple[str, str]]:
     if _ALL.intersection(words):
         wanted = {}
     return [
-        (name, f"the prompt says {wanted[name]!r}" if wanted else "a general review")
+        (name, f"the prompt says {wanted[name]!r}" if wanted else GENERAL)
         for name in REVIEWERS
         if name not in excluded and (not wanted or name in wanted)
     ]

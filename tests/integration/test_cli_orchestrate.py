@@ -312,6 +312,8 @@ def test_a_dry_run_shows_the_order_and_runs_nothing(home: Path) -> None:
         ("prompt = ", (), "plan.toml: Invalid value (at"),
         ("prompt = 'x'", (), "plan.toml: there are no agents"),
         ("[agents.a]\nkind = 'command'", (), "plan.toml: prompt is missing"),
+        ("prompt = 'x'\nrunner = 'nobody'\n[agents.a]\nkind = 'command'", (), "plan.toml: runner must be 'auto'"),
+        (PLAN, ("--runner", "nobody"), "plan.toml: runner must be 'auto', 'stock', None or a program"),
         ("prompt = 'x'\n[agents.a]\nkynd = 'command'", (), "plan.toml: agents.a.kynd is unknown (did you mean kind?)"),
         ("prompt = 'x'\n[agents.a]\nkind = 'nobody'", (), "plan.toml: agent 'a': unknown agent 'nobody'"),
         ("prompt = 'x'\n[agents.a]\nkind = 'nowhere:Class'", (), "there is no module 'nowhere'"),
@@ -338,7 +340,7 @@ SLOW = 'prompt = "x"\n[agents.quick]\nkind = "myagents:Good"\n[agents.slow]\nkin
 
 def test_a_budget_that_is_spent_is_exit_code_124_and_what_was_found_is_printed(home: Path, is_alive: IsAlive) -> None:
     planned(home, SLOW)
-    done = run(home, "--plan", "plan.toml", "--budget-seconds", "2", "--json")
+    done = run(home, "--plan", "plan.toml", "--budget-seconds", "6", "--json")
     assert (done.returncode, done.stderr) == (124, "")
     report = json.loads(done.stdout)["report"]
     assert [agent["state"] for agent in report["agents"]] == ["succeeded", "stopped"]
@@ -348,7 +350,7 @@ def test_a_budget_that_is_spent_is_exit_code_124_and_what_was_found_is_printed(h
 
 def test_an_optional_agent_does_not_decide_the_exit_code(home: Path) -> None:
     planned(home, SLOW + 'policy = "optional"\n')
-    assert run(home, "--plan", "plan.toml", "--budget-seconds", "2").returncode == 0
+    assert run(home, "--plan", "plan.toml", "--budget-seconds", "6").returncode == 0
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -374,3 +376,39 @@ def test_what_was_found_before_ctrl_c_is_printed(home: Path, wait_until: Wait, a
         assert "1 of 2 agents succeeded" in output
         assert "Ended early: it was interrupted" in output
         assert "slow: STOPPED" in output
+
+
+# -- agents of files -------------------------------------------------------------------------------------------------
+
+CLAUDE = """#!/bin/sh
+case "$*" in *--version*) echo '2.1.330 (Claude Code)'; exit;; esac
+cat > /dev/null
+echo '{"type": "result", "subtype": "success", "is_error": false, "result": "all is well", "total_cost_usd": 0.5,
+       "usage": {"input_tokens": 1, "output_tokens": 2}}' | tr -d '\\n'
+echo
+"""
+
+
+def test_agents_of_files_run_on_the_program_that_is_installed(home: Path) -> None:
+    (home / ".claude" / "agents").mkdir(parents=True)
+    (home / ".claude" / "agents" / "docs.md").write_text("---\nname: docs\ndescription: writes\n---\nWrite.\n")
+    (home / "bin").mkdir()
+    (home / "bin" / "claude").write_text(CLAUDE)
+    (home / "bin" / "claude").chmod(0o700)
+    path = f"{home / 'bin'}:{os.environ.get('PATH', os.defpath)}"
+
+    def orchestrate(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*AGENTPOOL, "orchestrate", *words], cwd=home, env=environment(home, PATH=path),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+
+    done = orchestrate("Review this", "--path", "code")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "docs: ok" in done.stdout
+    assert "  all is well\n" in done.stdout
+    assert re.search(r"^ docs +succeeded .* 1 / 2 +\$0\.5000$", done.stdout, re.MULTILINE)
+    planned = json.loads(orchestrate("Review this", "--path", "code", "--dry-run", "--json").stdout)
+    assert [agent["kind"] for agent in planned["agents"]] == ["docs (claude)"]
+    planned = json.loads(orchestrate("Review this", "--path", "code", "--dry-run", "--json", "--runner=stock").stdout)
+    assert len(planned["agents"]) == 3

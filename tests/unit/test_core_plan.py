@@ -339,10 +339,17 @@ class TestMemory:
         assert state.take_actions(3) == []
 
     def test_without_a_reading_nobody_is_judged(self) -> None:
-        state = plan(node("a", mb=10), budget_mb=10)
-        started(state)
+        state = plan(node("a", mb=10), node("b", mb=10), budget_mb=20)
+        assert started(state) == ["a", "b"]
         state.memory_sampled(1, {})
         assert state.take_actions(1) == []
+
+    def test_one_alone_is_left_to_its_hard_limit(self) -> None:
+        state = plan(node("a", mb=10), budget_mb=20)
+        started(state)
+        for now in (1.0, 2.0, 3.0):
+            state.memory_sampled(now, {"a": (now, 30 * MB)})
+        assert state.take_actions(3) == []
 
     def test_without_a_budget_memory_is_only_noted(self) -> None:
         state = plan(node("a", mb=10))

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from agentpool.config import MB
+from agentpool.agents import AgentKind
+from agentpool.config import MB, TaskOptions
 from agentpool.errors import PlanError
-from agentpool.orchestrator import Plan, PlannedAgent
-from agentpool.orchestrator.plans import nodes_of
+from agentpool.orchestrator import Kinds, Plan, PlannedAgent
+from agentpool.orchestrator.plans import label_of, nodes_of
 from agentpool.orchestrator.prompts import RESULT_CHARACTERS, call_of, text_of
 from agentpool.orchestrator.reports import cost_of, usage_of
 
@@ -128,3 +129,49 @@ def test_what_a_result_says_of_its_cost() -> None:
     assert usage_of(Answer()) == {"input_tokens": 3}
     assert usage_of(Odd()) is usage_of(None) is usage_of("usage") is usage_of({"usage": None}) is None
     assert (cost_of({"total_cost_usd": 1}), cost_of(Answer()), cost_of({"cost_usd": "1"})) == (1.0, 0.5, None)
+
+
+class TestKinds:
+    """Registered kinds, with what they expect and how reports call them."""
+
+    def test_what_they_expect_is_reserved(self) -> None:
+        large = AgentKind(name="large", agent=Kind, expected_memory_mb=300)
+        agents = (
+            PlannedAgent(large, "a", fallback=[Kind]),
+            PlannedAgent(large, "b", expected_memory_mb=40),
+        )
+        found = [node.expected_bytes for node in nodes_of(Plan("x", agents=agents), 100)]
+        assert found == [(300 * MB, 100 * MB), (40 * MB,)]
+        with pytest.raises(PlanError, match=r"'a' is expected to hold 300 MB, more than the whole budget of 200 MB"):
+            Plan("x", agents=agents, budget_mb=200)
+
+    @pytest.mark.skipif(not hasattr(TaskOptions, "expected_memory_mb"), reason="pools do not reserve memory yet")
+    def test_an_expectation_is_a_task_option_too(self) -> None:
+        assert PlannedAgent(Kind, "a", expected_memory_mb=40).all_options == {"expected_memory_mb": 40}
+        with pytest.raises(PlanError, match=r"'a': expected_memory_mb \(40\) is above hard_memory_limit_mb \(30\)"):
+            PlannedAgent(Kind, "a", expected_memory_mb=40, options={"hard_memory_limit_mb": 30})
+
+    def test_what_they_are_called(self) -> None:
+        docs = AgentKind(name="docs", agent="claude")
+        assert PlannedAgent(docs).name == "docs"
+        assert label_of(docs) == "docs (claude)"
+        assert label_of(AgentKind(name="claude", agent="claude")) == "claude"
+        assert label_of(AgentKind(name="own", agent=Kind)) == "own"
+        assert label_of("claude") == "claude"
+
+    def test_which_of_them_a_prompt_names(self) -> None:
+        kinds = Kinds(
+            "claude",
+            project={name: AgentKind(name=name, agent="claude") for name in ("docs-writer", "test")},
+            user={name: AgentKind(name=name, agent="claude", description="the user's") for name in ("test", "code")},
+        )
+
+        def named(prompt: str) -> list[str]:
+            return [kind.name for kind in kinds.named_in(prompt)]
+
+        assert named("review this code and test it") == []
+        for prompt in ("have the docs writer look", "use docs-writer.", "@docs-writer: go"):
+            assert named(prompt) == ["docs-writer"]
+        assert named("ask the test agent, then the agent code") == ["test", "code"]
+        assert named("@Test") == ["test"]
+        assert [kind.description for kind in kinds] == ["", "", "the user's"]
