@@ -125,6 +125,8 @@ _PROBE: Final = (("submit", 0, 1), ("turn", 0, 0), ("turn", 0, 0), ("fork", 0, 1
 _OPERATORS: Final = {"resize": 3, "pause": 2, "resume": 3, "drain": 1, "recycle": 3, "kill_worker": 2}
 _FIRST: Final = (("submit", 0, 1),)
 _WARM: Final = (("submit", 0, 1), ("behave", 0, 0), ("behave", 0, 0))
+#: A call for a worker whose pipe is full: it must be written on when there is room.
+_FULL: Final = (*_WARM, ("clog", 0, 0), ("submit", 0, 1))
 
 PROFILES: Final = (
     Profile("quiet", {**_QUIET, "cancel": 1, "advance": 1}, _FIRST),
@@ -134,7 +136,7 @@ PROFILES: Final = (
     Profile("memory", {**_QUIET, **_MEMORY}, _WARM),
     Profile("breaker", {**_QUIET, **_BREAKER}, _FIRST),
     Profile("probe", {**_QUIET, **_BREAKER, "cancel": 2, "shutdown": 1}, _PROBE),
-    Profile("clogs", {**_QUIET, **_CLOGS, "die": 1}, _WARM),
+    Profile("clogs", {**_QUIET, **_CLOGS, "die": 1}, _FULL),
     Profile("ahead", {**_QUIET, "toil": 4, "collide": 2, "cancel": 4, "kill": 2, "advance": 3, "die": 1, "race": 2,
                       "shutdown": 1, "stop_all": 1, "keeper": 1}, _BATCH),
     Profile("back", {**_QUIET, "cancel": 4, "die": 2, "race": 2, "collide": 2}, _BACK),

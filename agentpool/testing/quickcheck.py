@@ -23,13 +23,14 @@ _NOT_LIVE: Final = (_RETIRING, _KILLED)
 #: The rules that `is_well` looks at.
 COVERED: Final = frozenset({
     "a_backlog_is_watched", "a_cause_is_set_exactly_while_stopping", "a_closed_pool_is_empty", "a_doomed_pool_ends",
-    "a_task_is_in_one_place", "a_worker_runs_no_more_than_its_limit", "attempts_are_charged_when_begun",
-    "idle_workers_are_in_order", "limits_have_timers", "no_worker_is_idle_while_a_task_could_run", "nothing_is_lost",
-    "numbers_agree_with_workers", "one_probe_at_a_time", "places_agree_with_states",
-    "queued_tasks_are_in_state_queued", "ready_workers_have_a_baseline", "running_is_set_exactly_while_busy",
-    "tasks_outside_workers_have_none", "the_bound_holds", "the_breaker_has_a_reason", "the_pool_keeps_its_size",
-    "the_queue_counts_its_tasks", "the_throttle_holds", "waiting_tasks_are_in_state_waiting_retry",
-    "what_a_worker_owes_is_bounded_in_time", "what_runs_alone_is_alone", "workers_hold_tasks_in_their_states",
+    "a_pool_runs_no_more_than_it_has_slots", "a_task_is_in_one_place", "a_worker_runs_no_more_than_its_limit",
+    "attempts_are_charged_when_begun", "idle_workers_are_in_order", "limits_have_timers",
+    "no_worker_is_idle_while_a_task_could_run", "nothing_is_lost", "numbers_agree_with_workers", "one_probe_at_a_time",
+    "places_agree_with_states", "queued_tasks_are_in_state_queued", "ready_workers_have_a_baseline",
+    "running_is_set_exactly_while_busy", "tasks_outside_workers_have_none", "the_bound_holds",
+    "the_breaker_has_a_reason", "the_pool_keeps_its_size", "the_queue_counts_its_tasks", "the_throttle_holds",
+    "waiting_tasks_are_in_state_waiting_retry", "what_a_worker_owes_is_bounded_in_time", "what_runs_alone_is_alone",
+    "workers_hold_tasks_in_their_states",
 })
 
 
@@ -53,6 +54,12 @@ def _pool_is_well(core: Scheduler) -> bool:
     if core.concurrency > (0 if core.is_paused else settings.concurrency):
         return False
     if core.active > core.concurrency + core.overhang:
+        return False
+    share = core.share
+    if share is not None and (
+        core.active > len(share.held) or core.concurrency > len(share.held) or not share.unused <= share.held.keys()
+        or any(not 0 <= slot < share.agents for slot in share.held)
+    ):
         return False
     if alone is not None and (
         not alone.is_alone or core.active > 1 or (alone.state is not _RUNNING and alone.state is not _STOPPING)
