@@ -11,11 +11,23 @@ from typing import Annotated, Final
 import typer
 
 from agentpool import __version__
+from agentpool.cli import orders
+from agentpool.cli.doctor import EXAMPLES as _DOCTOR_EXAMPLES
+from agentpool.cli.doctor import doctor
+from agentpool.cli.health import EXAMPLES as _HEALTH_EXAMPLES
 from agentpool.cli.health import health
+from agentpool.cli.logs import EXAMPLES as _LOGS_EXAMPLES
+from agentpool.cli.logs import logs
 from agentpool.cli.orchestrate import orchestrate
+from agentpool.cli.ps import EXAMPLES as _PS_EXAMPLES
+from agentpool.cli.ps import ps
 from agentpool.cli.run import SETTINGS, USAGE, run
+from agentpool.cli.status import EXAMPLES as _STATUS_EXAMPLES
+from agentpool.cli.status import status
 from agentpool.cli.sweep import sweep
-from agentpool.cli.terminal import UsageProblem, give_up_output, message
+from agentpool.cli.terminal import CommandFailed, UsageProblem, give_up_output, message
+from agentpool.cli.top import EXAMPLES as _TOP_EXAMPLES
+from agentpool.cli.top import top
 from agentpool.errors import SettingsError
 
 __all__ = ["run_app"]
@@ -26,6 +38,8 @@ _EXAMPLES: Final = """\b
 Examples:
   agentpool orchestrate "Review this code" --path src
   agentpool run -j 4 -- gzip -9 {} ::: *.log
+  agentpool ps
+  agentpool top
   agentpool health
 """
 
@@ -100,7 +114,7 @@ app = typer.Typer(
     help="Run agents, each in its own pooled process, and keep the machine alive while they misbehave.",
     epilog=_EXAMPLES,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     # Plain text: brackets in help texts are not markup, and what is printed can be searched and piped.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -125,7 +139,14 @@ def _main(
 
 app.command("orchestrate", epilog=_ORCHESTRATE_EXAMPLES)(orchestrate)
 app.command("run", epilog=_RUN_EXAMPLES, options_metavar=USAGE, context_settings=SETTINGS)(run)
-app.command("health")(health)
+app.command("ps", epilog=_PS_EXAMPLES)(ps)
+app.command("status", epilog=_STATUS_EXAMPLES)(status)
+app.command("health", epilog=_HEALTH_EXAMPLES)(health)
+app.command("top", epilog=_TOP_EXAMPLES)(top)
+app.command("logs", epilog=_LOGS_EXAMPLES)(logs)
+for _name, (_order, _epilog) in orders.COMMANDS.items():
+    app.command(_name, epilog=_epilog)(_order)
+app.command("doctor", epilog=_DOCTOR_EXAMPLES)(doctor)
 app.command("sweep", epilog=_SWEEP_EXAMPLES)(sweep)
 
 
@@ -138,6 +159,9 @@ def run_app(args: list[str]) -> int:
     except (UsageProblem, SettingsError) as error:
         message(str(error))
         return _USAGE_ERROR
+    except CommandFailed as error:
+        message(str(error))
+        return error.exit_code
     except BrokenPipeError:
         return give_up_output()
     raise AssertionError("typer returned without an exit code")

@@ -1,19 +1,61 @@
-"""`agentpool health`: the health report of this host as JSON. Starts no worker."""
+"""`agentpool health`: the health report of this host, with all pools of this user, as JSON. Starts no worker."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
 
 import typer
 
-__all__ = ["health"]
+from agentpool.cli.reach import Folder, Pool, answer_no, choose, folders
+from agentpool.control.client import FoundPool, find_pools
+from agentpool.errors import AgentPoolError
+
+__all__ = ["EXAMPLES", "health"]
+
+EXAMPLES: Final = """\b
+Exit code: 0; with --check 1 where the status is not "ok"; 2: wrong command
+line; 3: no such pool; 4: several pools, say which.
+
+\b
+Examples:
+  agentpool health
+  agentpool health --check --indent 0 || echo "look at it"
+  agentpool health --pool reviews
+"""
+
+
+class _RemotePool:
+    """Another process's pool, as the monitor wants one."""
+
+    def __init__(self, found: FoundPool) -> None:
+        self._found = found
+        self.name = f"{found.pool.get('name') or '?'} ({found.id})"
+
+    def get_pool_stats(self) -> Mapping[str, Any]:
+        if self._found.problem:
+            raise AgentPoolError(self._found.problem)
+        with self._found.connect() as client:
+            return {**client.call("stats"), "name": self.name}
+
+    def emergency_stop(self, reason: str) -> Mapping[str, Any]:
+        with self._found.connect() as client:
+            stopped: dict[str, Any] = client.call("shutdown", reason=reason)
+            return stopped
 
 
 def health(
     indent: Annotated[int, typer.Option(min=0, metavar="N", help="Blanks per level; 0: all in one line.")] = 2,
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 where the status is not \"ok\".")] = False,
+    pool: Pool = None,
+    place: Folder = None,
 ) -> None:
-    """Print the health report of this host as JSON: memory, CPU, pools, and agents that no pool owns."""
-    from agentpool.monitor import get_resource_monitor
+    """Print the health report of this host as JSON: memory, CPU, this user's pools, and agents that no pool owns."""
+    from agentpool.monitor import ResourceMonitor, get_resource_monitor
 
-    print(json.dumps(get_resource_monitor().get_health_report(), indent=indent or None))
+    found = find_pools(folders(place)) if pool is None else [choose(pool, place)]
+    monitor = ResourceMonitor(map(_RemotePool, found)) if found else get_resource_monitor()
+    report = monitor.get_health_report()
+    print(json.dumps(report, indent=indent or None))
+    answer_no(check and report["status"] != "ok")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final, TextIO
 
-__all__ = ["Interrupted", "Interrupts", "StatusLine", "UsageProblem", "give_up_output", "message"]
+__all__ = ["CommandFailed", "Interrupted", "Interrupts", "StatusLine", "UsageProblem", "give_up_output", "message"]
 
 #: As a shell reports a program that was ended by SIGPIPE.
 READER_GONE: Final = 128 + signal.SIGPIPE
@@ -24,6 +24,14 @@ _REDRAW_SECONDS: Final = 0.2
 
 class UsageProblem(Exception):
     """The command line cannot be carried out: exit code 2, with this message."""
+
+
+class CommandFailed(Exception):
+    """The command could not be carried out: this message and this exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Interrupted(KeyboardInterrupt):

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -81,7 +82,9 @@ class ControlClient:
         return self._connection.fileno()
 
     def close(self) -> None:
-        """May be called twice."""
+        """May be called twice, and from another thread: it ends what waits for an answer there."""
+        with suppress(OSError):  # the other end is gone
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -175,11 +178,14 @@ class FoundPool:
         """Raises ControlError."""
         return ControlClient(self.path, seconds)
 
+    @property
+    def id(self) -> str:
+        """PID-NUMBER, which its socket's name has as well."""
+        return "-".join(os.path.basename(self.path).split("-")[:2])
+
     def matches(self, wanted: str) -> bool:
         """Is that its id, name, process id or socket?"""
-        file_name = os.path.basename(self.path)
-        return wanted in (self.pool.get("id"), self.pool.get("name"), self.path, file_name.partition("-")[0],
-                          "-".join(file_name.split("-")[:2]))
+        return wanted in (self.id, self.id.partition("-")[0], self.pool.get("name"), self.path)
 
 
 def find_pools(folders: Sequence[str] | None = None, seconds: float = 2.0) -> list[FoundPool]:

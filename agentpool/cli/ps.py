@@ -1,0 +1,79 @@
+"""`agentpool ps`: the pools of this user on this host, and the agent programs that no pool owns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import typer
+
+from agentpool.cli.reach import Folder, Json, folders, print_json
+from agentpool.cli.tables import mb_words, print_table, seconds_words
+from agentpool.control.client import FoundPool, find_pools
+from agentpool.control.wire import ControlError
+
+__all__ = ["EXAMPLES", "ps"]
+
+EXAMPLES: Final = """\b
+Exit code: 0, also where there is no pool; 2: wrong command line.
+
+\b
+Examples:
+  agentpool ps
+  agentpool ps --no-agents
+  agentpool ps --json | jq -r '.pools[].id'
+"""
+
+
+def ps(
+    agents: Annotated[bool, typer.Option("--agents/--no-agents", help="List agent programs of no pool too.")] = True,
+    as_json: Json = False,
+    place: Folder = None,
+) -> None:
+    """List the pools of this user on this host, and agent programs that no pool owns."""
+    pools = [_ask(found) for found in find_pools(folders(place))]
+    owned = {worker["pid"] for pool in pools for worker in pool.get("stats", {}).get("workers", ())}
+    foreign = _foreign(owned - {None}) if agents else None
+    if as_json:
+        print_json({"pools": pools, "foreign_agents": foreign})
+        return
+    if pools:
+        print_table(
+            ["ID", "NAME", "PID", "STATUS", "WORKERS", "RUNNING", "QUEUED", "MEMORY", "BREAKER", "UP", "COMMAND"],
+            [_row(pool) for pool in pools], right="PID WORKERS RUNNING QUEUED MEMORY UP", states="STATUS BREAKER",
+        )
+    else:
+        print("No pool of this user is running.")
+    if foreign and foreign["count"]:
+        print(f"\n{foreign['count']} agent programs of no pool use {mb_words(foreign['memory_mb'])}:")
+        print_table(["PID", "NAME", "MEMORY", "UP"],
+                    [(each["pid"], each["name"], mb_words(each["memory_mb"]), seconds_words(each["age_seconds"]))
+                     for each in foreign["processes"]], right="PID MEMORY UP")
+
+
+def _ask(found: FoundPool) -> dict[str, Any]:
+    """What a pool says of itself, as one flat entry; or why it says nothing."""
+    if not found.problem:
+        try:
+            with found.connect() as client:
+                status = client.call("status")
+                return {**status["pool"], "socket": found.path, "stats": status["stats"], "breaker": status["breaker"]}
+        except ControlError as error:
+            return {**found.pool, "socket": found.path, "problem": str(error)}
+    return {"id": found.id, "socket": found.path, "problem": found.problem}
+
+
+def _row(pool: dict[str, Any]) -> tuple[object, ...]:
+    stats = pool.get("stats")
+    if stats is None:
+        return (pool["id"], pool.get("name", "-"), pool["id"].partition("-")[0], "silent", *"------", pool["problem"])
+    return (
+        pool["id"], pool["name"], pool["pid"], stats["status"], f"{stats['total_agents']}/{stats['max_pool_size']}",
+        stats["running"], stats["queue_length"], mb_words(stats["memory_mb"]), pool["breaker"]["state"],
+        seconds_words(stats["uptime_seconds"]), " ".join(pool["command"]),
+    )
+
+
+def _foreign(owned: set[int]) -> dict[str, Any]:
+    from agentpool.monitor import DEFAULT_AGENT_NAMES, find_foreign_agents
+
+    return find_foreign_agents(DEFAULT_AGENT_NAMES, owned)
