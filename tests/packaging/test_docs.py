@@ -98,7 +98,9 @@ def environment() -> dict[str, str]:
 
 def execute(command: list[str], folder: Path) -> tuple[int, str]:
     """Exit code and everything that was printed."""
-    ended = subprocess.run(command, cwd=folder, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    # Its pools are found by its commands, and no others are: this user may have some.
+    own = {"XDG_RUNTIME_DIR": str(folder), "AGENTPOOL_CONTROL_DIR": str(folder / "agentpool")}
+    ended = subprocess.run(command, cwd=folder, env=environment() | own, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
     return ended.returncode, ended.stdout
 
@@ -179,10 +181,11 @@ def test_commands_and_their_options_exist(page: Path) -> None:
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for text in prose_and_code(page):
         for words in words_after("agentpool", text):
-            if words[0] in ("--version", "--help", "-h"):
+            if words[0] in ("--version", "--help", "-h", "--install-completion"):
                 continue
             assert words[0] in commands, f"{page.name}: {text}"
-            known = {"-h", "--help"} | {name for parameter in commands[words[0]].params for name in parameter.opts}
+            known = {"-h", "--help"} | {name for parameter in commands[words[0]].params
+                                           for name in (*parameter.opts, *parameter.secondary_opts)}
             ours = words[1 : words.index("--")] if "--" in words else words[1:]
             options = {word.partition("=")[0] for word in ours if re.match(r"--?[a-z0]", word)}
             assert options <= known, f"{page.name}: {text}"
