@@ -100,8 +100,8 @@ def execute(command: list[str], folder: Path) -> tuple[int, str]:
     """Exit code and everything that was printed."""
     # Its pools are found by its commands, and no others are: this user may have some.
     own = {"XDG_RUNTIME_DIR": str(folder), "AGENTPOOL_CONTROL_DIR": str(folder / "agentpool")}
-    ended = subprocess.run(command, cwd=folder, env=environment() | own, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
+    ended = subprocess.run(command, cwd=folder, env=environment() | own, stdin=subprocess.DEVNULL,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
     return ended.returncode, ended.stdout
 
 
