@@ -1,4 +1,4 @@
-"""`agentpool ps`: the pools of this user on this host, and the agent programs that no pool owns."""
+"""`agentpool ps`: the pools of this user on this host, agent programs that no pool owns, and what dead pools left."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ Examples:
 
 
 def ps(
-    agents: Annotated[bool, typer.Option("--agents/--no-agents", help="List agent programs of no pool too.")] = True,
+    agents: Annotated[bool, typer.Option("--agents/--no-agents", help="List processes of no living pool too.")] = True,
     as_json: Json = False,
     place: Folder = None,
 ) -> None:
-    """List the pools of this user on this host, and agent programs that no pool owns."""
+    """List this user's pools on this host, agent programs that no pool owns, and processes that dead pools left."""
     pools = [_ask(found) for found in find_pools(folders(place))]
     owned = {worker["pid"] for pool in pools for worker in pool.get("stats", {}).get("workers", ())}
     foreign = _foreign(owned - {None}) if agents else None
+    orphans = _orphans() if agents else None
     if as_json:
-        print_json({"pools": pools, "foreign_agents": foreign})
+        print_json({"pools": pools, "foreign_agents": foreign, "orphans": orphans})
         return
     if pools:
         print_table(
@@ -48,6 +49,11 @@ def ps(
         print_table(["PID", "NAME", "MEMORY", "UP"],
                     [(each["pid"], each["name"], mb_words(each["memory_mb"]), seconds_words(each["age_seconds"]))
                      for each in foreign["processes"]], right="PID MEMORY UP")
+    if orphans:
+        print(f"\n{len(orphans)} processes were left by pools that are dead; `agentpool sweep` ends them:")
+        print_table(["PID", "POOL", "MEMORY", "UP", "COMMAND"],
+                    [(each["pid"], each["pool_pid"], mb_words(each["memory_mb"]), seconds_words(each["age_seconds"]),
+                      each["command"]) for each in orphans], right="PID POOL MEMORY UP")
 
 
 def _ask(found: FoundPool) -> dict[str, Any]:
@@ -71,6 +77,12 @@ def _row(pool: dict[str, Any]) -> tuple[object, ...]:
         stats["running"], stats["queue_length"], mb_words(stats["memory_mb"]), pool["breaker"]["state"],
         seconds_words(stats["uptime_seconds"]), " ".join(pool["command"]),
     )
+
+
+def _orphans() -> list[dict[str, Any]]:
+    from agentpool.agents.leftovers import find_leftovers
+
+    return [leftover.to_dict() for leftover in find_leftovers()]
 
 
 def _foreign(owned: set[int]) -> dict[str, Any]:

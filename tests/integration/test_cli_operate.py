@@ -105,6 +105,23 @@ def test_ps_finds_agent_programs_that_no_pool_owns(
     pool.kill_workers()
 
 
+def test_ps_finds_what_dead_pools_left(run: Run, served: Callable[..., AgentPool]) -> None:
+    pool = served()
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    left = {**os.environ, "AGENTPOOL_KEEPER": f"{gone.pid}-0123456789abcdef"}
+    with subprocess.Popen(["sleep", "300"], env=left) as orphan:
+        try:
+            document = json.loads(run("ps", "--json").stdout)
+            (found,) = [each for each in document["orphans"] if each["pid"] == orphan.pid]
+            assert (found["pool_pid"], found["command"]) == (gone.pid, "sleep 300")
+            living = {worker["pid"] for worker in pool.get_pool_stats()["workers"]}
+            assert not living & {each["pid"] for each in document["orphans"]}
+            assert "were left by pools that are dead; `agentpool sweep` ends them:" in run("ps").stdout
+        finally:
+            orphan.kill()
+
+
 def _below(pool: AgentPool) -> set[int]:
     import psutil
 
