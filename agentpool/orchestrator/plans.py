@@ -236,7 +236,7 @@ def plan(
     where, target = checked_paths(path, out)
     if isinstance(agents, str):
         raise TypeError(f"agents must be a sequence of agents, got the string {agents!r}: write [{agents!r}]")
-    kinds = kinds or Kinds()
+    kinds = (kinds or Kinds()).within(budget_mb)
     chosen = _chosen_by_words(prompt, kinds) if agents is None else _chosen_by_name(agents, kinds)
     if not chosen:
         raise ValueError(f"no agent is left to run for the prompt {prompt!r}; known are {', '.join(REVIEWERS)}")

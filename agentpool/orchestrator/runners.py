@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from agentpool.errors import PlanError
+from agentpool.orchestrator.words import REVIEWERS
 
 if TYPE_CHECKING:
     from agentpool.agents import AgentKind
@@ -47,6 +48,17 @@ class Kinds:
     def find(self, name: str) -> AgentKind | None:
         """The kind of this name."""
         return self.project.get(name) or self.user.get(name)
+
+    def within(self, budget_mb: float | None) -> Kinds:
+        """Those that a budget has room for, where the stock agent of the same name can do it instead."""
+        if budget_mb is None or not self.falls_back:
+            return self
+
+        def fitting(kinds: dict[str, AgentKind]) -> dict[str, AgentKind]:
+            return {name: kind for name, kind in kinds.items()
+                    if name not in REVIEWERS or (kind.expected_memory_mb or 0) <= budget_mb}
+
+        return replace(self, project=fitting(self.project), user=fitting(self.user))
 
     def named_in(self, prompt: str) -> list[AgentKind]:
         """The kinds that the prompt names: "docs-writer", "docs writer", "the reviewer agent", "@reviewer".

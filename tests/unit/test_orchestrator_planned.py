@@ -11,7 +11,7 @@ import pytest
 from agentpool.agents import AgentKind
 from agentpool.config import MB, TaskOptions
 from agentpool.errors import PlanError
-from agentpool.orchestrator import Kinds, Plan, PlannedAgent
+from agentpool.orchestrator import REVIEWERS, Kinds, Plan, PlannedAgent, plan
 from agentpool.orchestrator.plans import label_of, nodes_of
 from agentpool.orchestrator.prompts import RESULT_CHARACTERS, call_of, text_of
 from agentpool.orchestrator.reports import cost_of, usage_of
@@ -175,3 +175,16 @@ class TestKinds:
         assert named("ask the test agent, then the agent code") == ["test", "code"]
         assert named("@Test") == ["test"]
         assert [kind.description for kind in kinds] == ["", "", "the user's"]
+
+    def test_what_a_budget_has_no_room_for_is_left_to_the_stock_agent(self) -> None:
+        found = {name: AgentKind(name=name, agent="claude", expected_memory_mb=330) for name in (REVIEWERS[0], "docs")}
+
+        def kinds_in(budget_mb: float | None, *, falls_back: bool = True) -> list[Any]:
+            kinds = Kinds("claude", project=found, falls_back=falls_back)
+            planned = plan("look for vulnerabilities", path=".", kinds=kinds, budget_mb=budget_mb)
+            return [label_of(agent.kind) for agent in planned.agents]
+
+        assert kinds_in(None) == kinds_in(400) == [f"{REVIEWERS[0]} (claude)"]
+        assert kinds_in(300) == [REVIEWERS[0]]
+        with pytest.raises(PlanError, match="330 MB, more than the whole budget of 300 MB"):
+            kinds_in(300, falls_back=False)
