@@ -12,12 +12,15 @@ import typer
 
 from agentpool import __version__
 from agentpool.cli import orders
+from agentpool.cli.config import config
 from agentpool.cli.doctor import EXAMPLES as _DOCTOR_EXAMPLES
 from agentpool.cli.doctor import doctor
 from agentpool.cli.health import EXAMPLES as _HEALTH_EXAMPLES
 from agentpool.cli.health import health
+from agentpool.cli.install_claude import install_claude, uninstall_claude
 from agentpool.cli.logs import EXAMPLES as _LOGS_EXAMPLES
 from agentpool.cli.logs import logs
+from agentpool.cli.mcp import mcp
 from agentpool.cli.orchestrate import orchestrate
 from agentpool.cli.ps import EXAMPLES as _PS_EXAMPLES
 from agentpool.cli.ps import ps
@@ -109,6 +112,61 @@ Examples:
   agentpool sweep --json
 """
 
+_CONFIG_EXAMPLES: Final = """\b
+Files: ~/.config/agentpool/config.toml, then agentpool.toml of the project,
+which is looked for in this directory and those above, and wins:
+
+\b
+  [budget]
+  agents = 2         # that run at once, whichever process runs them
+  memory_mb = 800    # of all their workers; 0: not limited
+
+\b
+The user's file only:
+
+\b
+  [budget]
+  directory = "/run/agents"   # where the pools of this budget meet
+  [hook]
+  on_failure = "allow"        # or "deny": where Claude Code's hook can ask nobody
+
+\b
+Examples:
+  agentpool config
+  agentpool config --json
+"""
+
+_INSTALL_EXAMPLES: Final = """\b
+Files of a project: .claude/settings.json, .mcp.json and .claude/agents/. Each
+is kept beside it as NAME.before-agentpool. What else is in them stays as it is.
+
+\b
+Exit code: 0; 1: you said no; 2: a file that cannot be understood.
+
+\b
+Examples:
+  agentpool install-claude --dry-run
+  agentpool install-claude --user --on-failure deny --yes
+  agentpool install-claude --orchestrator .claude/agents/lead.md
+"""
+
+_UNINSTALL_EXAMPLES: Final = """\b
+Examples:
+  agentpool uninstall-claude
+  agentpool uninstall-claude --user --yes
+"""
+
+_MCP_EXAMPLES: Final = """\b
+Speaks MCP over standard input and output, and ends with them. Tools:
+run_agent, run_agents, pool_status, breaker. Workers start with the first
+agent, and end half a minute after the last one.
+
+\b
+Examples:
+  agentpool mcp
+  agentpool mcp --agent security-analyst --agent claude
+"""
+
 app = typer.Typer(
     name="agentpool",
     help="Run agents, each in its own pooled process, and keep the machine alive while they misbehave.",
@@ -148,6 +206,10 @@ for _name, (_order, _epilog) in orders.COMMANDS.items():
     app.command(_name, epilog=_epilog)(_order)
 app.command("doctor", epilog=_DOCTOR_EXAMPLES)(doctor)
 app.command("sweep", epilog=_SWEEP_EXAMPLES)(sweep)
+app.command("config", epilog=_CONFIG_EXAMPLES)(config)
+app.command("install-claude", epilog=_INSTALL_EXAMPLES)(install_claude)
+app.command("uninstall-claude", epilog=_UNINSTALL_EXAMPLES)(uninstall_claude)
+app.command("mcp", epilog=_MCP_EXAMPLES)(mcp)
 
 
 def run_app(args: list[str]) -> int:

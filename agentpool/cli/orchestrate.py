@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from agentpool.cli.config import BUDGET_OPTION, budget_to_join
 from agentpool.cli.terminal import Interrupted, Interrupts, UsageProblem, give_up_output
 from agentpool.config import DEFAULT_MAX_PENDING, PoolOptions, PoolSettings
 
@@ -48,6 +49,7 @@ class OrchestrateOptions:
     max_workers: int | None
     max_concurrent: int | None
     memory_limit: float | None
+    budget: bool | None
 
 
 def orchestrate(
@@ -101,12 +103,14 @@ def orchestrate(
     memory_limit: Annotated[
         float | None, typer.Option(metavar="MB", help="Stop an agent whose whole process tree uses more memory.")
     ] = None,
+    budget: Annotated[bool | None, BUDGET_OPTION] = None,
 ) -> None:
     """Plan a prompt into agents, or take a plan from a file, run them in pooled workers, and report."""
     options = OrchestrateOptions(
         prompt=prompt, plan=plan, path=path, out=out, agents=agents or [], runner=runner, budget_seconds=budget_seconds,
         budget_mb=budget_mb, stop_on_failure=stop_on_failure, dry_run=dry_run, as_json=as_json, timeout=timeout,
         max_workers=max_workers, max_concurrent=max_concurrent, memory_limit=memory_limit,
+        budget=budget,
     )
     with Interrupts() as interrupts:
         try:
@@ -226,6 +230,9 @@ def _make_pool(options: OrchestrateOptions) -> AgentPool:
         settings["hard_memory_limit_mb"] = options.memory_limit
         # A worker may not keep more than an agent may use.
         settings["memory_limit_mb"] = min(options.memory_limit, PoolSettings().memory_limit_mb or options.memory_limit)
+    budget = budget_to_join(options.budget, options.max_concurrent or options.max_workers or 2, "the number of agents")
+    if budget is not None:
+        settings["budget"] = budget
     return AgentPool(options.max_workers, **settings)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from agentpool.cli.config import BUDGET_OPTION, budget_to_join
 from agentpool.cli.inputs import StreamSource, combine, open_sources, split_command_line
 from agentpool.cli.joblog import JobLog, read_succeeded
 from agentpool.cli.jobs import Job, make_jobs
@@ -54,6 +55,7 @@ class RunOptions:
     halt: str
     files: Sequence[str]
     null: bool
+    budget: bool | None
 
 
 def run(
@@ -110,12 +112,13 @@ def run(
         typer.Option("--arg-file", "-a", metavar="FILE", help="Read arguments from lines of FILE; may be repeated."),
     ] = None,
     null: Annotated[bool, typer.Option("--null", "-0", help="Arguments end with a NUL, not with a newline.")] = False,
+    budget: Annotated[bool | None, BUDGET_OPTION] = None,
 ) -> None:
     """Run a command line once per argument, in pooled workers."""
     options = RunOptions(
         words=context.args, jobs=jobs, timeout=timeout, memory_limit=memory_limit, retries=retries, job_log=job_log,
         resume=resume or resume_failed, keep_order=keep_order, shell=shell, json_lines=json_lines, as_json=as_json,
-        bar=bar, halt=halt, files=files or [], null=null,
+        bar=bar, halt=halt, files=files or [], null=null, budget=budget,
     )
     raise typer.Exit(run_jobs(options))
 
@@ -186,6 +189,7 @@ def _make_pool(options: RunOptions) -> AgentPool:
 
     # The limit for jobs is the limit for what a worker may keep, too: thresholds for the whole pool follow from it.
     # Without one there is nothing to derive them from: a command may be of any size, and the host's memory decides.
+    budget = budget_to_join(options.budget, options.jobs, "-j")
     return AgentPool(
         max_workers=options.jobs,
         max_pending=OUTSTANDING,
@@ -193,6 +197,8 @@ def _make_pool(options: RunOptions) -> AgentPool:
         memory_limit_mb=options.memory_limit,
         hard_memory_limit_mb=options.memory_limit,
         retry=_retry_policy(options.retries),
+        scope="pool" if budget is None else "host",
+        budget=budget,
     )
 
 

@@ -261,7 +261,9 @@ class Runner:
         failed = f", {self._counts['fail']} failed" if self._counts["fail"] else ""
         waiting = stats["queue_length"] + stats["waiting_to_retry"]
         more = "" if not self._has_input else "+"
+        budget = stats["host_budget"]
+        turn = f", waits for {budget['waits_for']}" if budget is not None and budget["waits_for"] else ""
         return (
-            f"{self._counts['done']} done{failed}, {stats['running']} running, {waiting}{more} waiting, "
+            f"{self._counts['done']} done{failed}, {stats['running']} running, {waiting}{more} waiting{turn}, "
             f"{stats['memory_mb']:.0f} MB, {seconds // 60}:{seconds % 60:02d}"
         )

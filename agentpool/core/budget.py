@@ -33,11 +33,14 @@ LOOK_SECONDS: Final = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """What another pool says of itself. `ticket`: since when it waits; `looked_at`: when it last looked."""
+    """What another pool says of itself.
+
+    agents: of its budget. slots: how many it holds. ticket: since when it waits. looked_at: when it last looked.
+    """
 
     id: str
     agents: int = 0
-    slots: tuple[int, ...] = ()
+    slots: int = 0
     committed_bytes: int = 0
     ticket: float | None = None
     need_bytes: int = 0

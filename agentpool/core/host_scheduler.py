@@ -88,7 +88,7 @@ class HostScheduler(Scheduler):
     def own_member(self, now: float) -> Member:
         """What the others are told of this pool; the shell fills in its name."""
         share = self.share
-        return Member(id="", agents=share.agents, slots=tuple(share.held), committed_bytes=self.committed_bytes,
+        return Member(id="", agents=share.agents, slots=len(share.held), committed_bytes=self.committed_bytes,
                       ticket=share.ticket, need_bytes=share.need_bytes, wants_memory=share.wants_memory, looked_at=now)
 
     @property

@@ -156,18 +156,17 @@ class SharedBudget:
         """
         if not os.fstat(self._slots).st_nlink or not os.fstat(self._record).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "the files of the budget were removed", self._directory)
-        records = self.look_on().records
         taken = frozenset(slot for slot in range(slots) if _is_locked(self._slots, slot))
-        return Others(records, taken)
+        return Others(self.look_on(), taken)
 
-    def look_on(self) -> Others:
-        """The pools that live, without taking part oneself."""
+    def look_on(self) -> dict[str, dict[str, Any]]:
+        """The records of the pools that live, without taking part oneself."""
         records = {}
         for name in os.listdir(self._directory):
             stem, dot, kind = name.rpartition(".")
             if dot + kind == _RECORD and stem != self.id and (record := self._read(stem)) is not None:
                 records[stem] = record
-        return Others(records, frozenset(slot for record in records.values() for slot in record.get("slots", ())))
+        return records
 
     def _read(self, member: str) -> dict[str, Any] | None:
         """What that pool says of itself; None: it has ended."""

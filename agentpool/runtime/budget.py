@@ -98,7 +98,8 @@ class Clerk:
         self._feed(lambda now: told.append(self._core.own_member(now)))
         record = asdict(told[0])
         del record["id"]
-        self._shared.publish(record | {"pid": os.getpid(), "name": self._name[:200]})
+        limit = self._core.share.memory_bytes
+        self._shared.publish(record | {"pid": os.getpid(), "name": ascii(self._name)[1:81], "memory_bytes": limit})
         if is_loud:
             self._shared.ring()
 
@@ -174,5 +175,4 @@ class Clerk:
 
 def _member(member: str, record: dict[str, Any]) -> Member:
     known = {name: value for name, value in record.items() if name in _FIELDS}
-    known["slots"] = tuple(known.get("slots", ()))
     return Member(id=member, **known)

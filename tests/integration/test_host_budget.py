@@ -166,7 +166,7 @@ def test_a_stopped_pool_ahead_in_line_is_passed_over(
 def _waiting(directory: str) -> int:
     from agentpool.io.shared_budget import SharedBudget
 
-    return sum(record.get("ticket") is not None for record in SharedBudget(directory).look_on().records.values())
+    return sum(record.get("ticket") is not None for record in SharedBudget(directory).look_on().values())
 
 
 def test_a_worker_does_not_keep_its_pools_slot(

@@ -330,7 +330,7 @@ class World:
         """The pool sees what the others do. They came later, so that it is its turn when there is a slot."""
         self.is_look_wanted = False
         ticket = self.now + 1 if self.other_waits else None
-        other = Member(id="other", agents=self._host().share.agents, slots=tuple(self.others_slots),
+        other = Member(id="other", agents=self._host().share.agents, slots=len(self.others_slots),
                        committed_bytes=self.others_bytes, ticket=ticket, wants_memory=self.other_waits)
         members = (other,) if self.others_slots or self.other_waits else ()
         self._host().budget_seen(self.now, View(own_id="me", taken=frozenset(self.others_slots), members=members))

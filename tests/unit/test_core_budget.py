@@ -81,7 +81,7 @@ def test_who_was_passed_over_is_respected_again_when_it_reacts() -> None:
 
 def test_memory_of_all_pools_and_of_those_ahead_counts() -> None:
     budget = HostBudget(agents=8, memory_mb=800)
-    running = Member(id="a", slots=(7,), committed_bytes=400 * MB)
+    running = Member(id="a", slots=1, committed_bytes=400 * MB)
     assert share_in_line(budget).seen(10, view(running, taken=(7,)), [300 * MB], 50 * MB) == [6]
     assert share_in_line(budget).seen(10, view(running, taken=(7,)), [400 * MB], 50 * MB) == []
     ahead = waiter("b", 9, agents=8, need_bytes=100 * MB)
@@ -98,7 +98,7 @@ def test_one_runs_whatever_the_memory_says_where_nobody_runs() -> None:
 
 def test_memory_is_looked_at_again_after_a_time_where_it_is_what_is_missing() -> None:
     share = share_in_line(HostBudget(agents=2, memory_mb=100))
-    assert share.seen(10, view(Member(id="a", slots=(0,), committed_bytes=200 * MB), taken=(0,)), [0], 0) == []
+    assert share.seen(10, view(Member(id="a", slots=1, committed_bytes=200 * MB), taken=(0,)), [0], 0) == []
     assert share.look_at is not None
     assert share.look_at > 10
 
@@ -139,7 +139,7 @@ def test_over_the_memory_nothing_goes_on_while_others_run() -> None:
     share = share_in_line(HostBudget(agents=2, memory_mb=100))
     share.took(10, share.seen(10, view(), [0], 0))
     share.used(1)
-    share.seen(20, view(Member(id="a", slots=(0,), committed_bytes=200 * MB), taken=(0,)), [], 0)
+    share.seen(20, view(Member(id="a", slots=1, committed_bytes=200 * MB), taken=(0,)), [], 0)
     assert share.is_over
     assert share.ended_turns(20, 1, [0]) == [1]
 

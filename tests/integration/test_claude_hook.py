@@ -1,0 +1,170 @@
+"""The hook of Claude Code as it is started: what it answers, when it cannot answer, and how long it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import agentpool_worker.hook
+from agentpool import AgentPool, HostBudget
+
+pytestmark = pytest.mark.timeout(120)
+HOOK = [sys.executable, "-IS", str(agentpool_worker.hook.__file__)]
+SCRIPT = Path(sys.executable).with_name("agentpool-hook")
+CALL = {"hook_event_name": "PreToolUse", "tool_name": "Agent", "tool_input": {"prompt": "x", "subagent_type": "y"}}
+
+
+class Hook:
+    """Starts the hook as Claude Code does. `folder` is where control sockets and the budget are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.control = folder / "agentpool"
+        self.budget = str(folder / "budget")
+        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
+
+    def ask(self, *words: str, call: Any = CALL) -> str:
+        """Why it denies; "" where it has nothing against it."""
+        given = call if isinstance(call, bytes) else json.dumps(call).encode()
+        done = subprocess.run([*HOOK, "--budget-directory", self.budget, *words], input=given, capture_output=True,
+                              env=self.environment, timeout=60, check=False)
+        assert done.returncode == 0
+        if not done.stdout:
+            return ""
+        answer = json.loads(done.stdout)["hookSpecificOutput"]
+        assert (answer["hookEventName"], answer["permissionDecision"]) == ("PreToolUse", "deny")
+        return str(answer["permissionDecisionReason"])
+
+    def until(self, condition: Callable[[str], bool], *words: str) -> str:
+        """Ask until it says so: on a busy machine a pool may not answer in the time that the hook has."""
+        deadline = time.monotonic() + 30
+        while not condition(said := self.ask(*words)):
+            assert time.monotonic() < deadline, f"it says {said!r}"
+        return said
+
+
+@pytest.fixture
+def hook(tmp_path: Path) -> Hook:
+    tmp_path.chmod(0o700)
+    return Hook(tmp_path)
+
+
+def test_with_no_pool_it_has_no_objection(hook: Hook) -> None:
+    assert hook.ask() == ""
+    assert hook.ask("--on-failure", "deny") == ""
+
+
+def test_an_open_breaker_denies_and_a_closed_one_does_not(
+    hook: Hook, make_pool: Callable[..., AgentPool], wait_until: Callable[..., None]
+) -> None:
+    pool = make_pool(1, name="worker-pool", control=str(hook.control))
+    pool.submit(os.getpid).result(timeout=20)
+    wait_until(lambda: list(hook.control.glob("[0-9]*.sock")), "there is no control socket")
+    pool.breaker.force_open("maintenance until nine")
+    said = hook.until(bool)
+    assert "the circuit breaker of pool worker-pool is forced open: maintenance until nine" in said
+    assert hook.ask(call={**CALL, "tool_name": "Bash"}) == "", "that is none of its business"
+    assert hook.until(bool, "--on-failure", "allow")
+    pool.breaker.reset()
+    hook.until(lambda said: not said, "--on-failure", "deny")
+
+
+def test_a_spent_budget_denies_until_an_agent_has_ended(
+    hook: Hook, make_pool: Callable[..., AgentPool], wait_until: Callable[..., None]
+) -> None:
+    pool = make_pool(2, budget=HostBudget(agents=2, directory=hook.budget), control=False)
+    futures = [pool.submit(time.sleep, 600) for _ in range(2)]
+    wait_until(lambda: all(future.running() for future in futures), "they do not run")
+    wait_until(lambda: "2 of 2 agents run now" in hook.ask(), "it does not deny")
+    futures[0].kill()
+    wait_until(lambda: not hook.ask(), "it goes on to deny")
+    futures[1].kill()
+
+
+def test_a_killed_pool_has_spent_nothing(hook: Hook, wait_until: Callable[..., None]) -> None:
+    program = ("import sys, time; from agentpool import AgentPool, HostBudget\n"
+               "pool = AgentPool(1, budget=HostBudget(agents=1, directory=sys.argv[1]), control=False)\n"
+               "pool.submit(time.sleep, 600).result()")
+    holder = subprocess.Popen([sys.executable, "-c", program, hook.budget])
+    try:
+        wait_until(lambda: "1 of 1 agents run now" in hook.ask(), "it does not deny")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert hook.ask() == ""
+
+
+def test_a_stopped_pool_is_a_failure_and_the_user_said_what_that_means(
+    hook: Hook, wait_until: Callable[..., None]
+) -> None:
+    program = ("import os, sys, time; from agentpool import AgentPool\n"
+               "pool = AgentPool(1, control=sys.argv[1]); pool.submit(os.getpid).result(); time.sleep(600)")
+    holder = subprocess.Popen([sys.executable, "-c", program, str(hook.control)])
+    try:
+        wait_until(lambda: list(hook.control.glob("[0-9]*.sock")), "there is no control socket")
+        os.kill(holder.pid, signal.SIGSTOP)
+        assert hook.ask() == ""
+        assert "cannot tell whether there is room" in hook.ask("--on-failure", "deny")
+        assert "the pool does not answer" in hook.ask("--on-failure", "deny")
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+@pytest.mark.parametrize("given", [b"", b"rubbish", b"[1", b"\xff\xfe"])
+def test_an_input_that_is_none_is_a_failure(hook: Hook, given: bytes) -> None:
+    assert hook.ask(call=given) == ""
+    assert "its input is not JSON" in hook.ask("--on-failure", "deny", call=given)
+
+
+def test_what_answers_rubbish_is_a_failure(hook: Hook) -> None:
+    hook.control.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(hook.control / f"{os.getpid()}-1-00000000.sock"))
+        listener.listen()
+        asking = subprocess.Popen([*HOOK, "--on-failure", "deny", "--budget-directory", hook.budget],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=hook.environment)
+        assert asking.stdin is not None
+        asking.stdin.write(json.dumps(CALL).encode())
+        asking.stdin.close()
+        connection, _ = listener.accept()
+        connection.sendall(b"\x00\xff rubbish\nmore\n\n")
+        connection.close()
+        assert asking.stdout is not None
+        assert "cannot tell" in asking.stdout.read().decode()
+        asking.stdout.close()
+        asking.wait()
+
+
+def test_it_imports_the_standard_library_only_and_little_of_it() -> None:
+    done = subprocess.run([sys.executable, "-IS", "-X", "importtime", *HOOK[2:]], input=json.dumps(CALL).encode(),
+                          capture_output=True, check=True)
+    loaded = {line.rpartition(b"|")[2].strip().decode() for line in done.stderr.splitlines()}
+    assert "fcntl" in loaded or "os" in loaded
+    assert not {name for name in loaded if name.partition(".")[0] in ("agentpool", "typer", "psutil", "cloudpickle")}
+    assert not loaded & {"re", "enum", "typing", "subprocess", "asyncio", "logging", "socket", "pathlib", "tomllib"}
+
+
+def test_it_answers_in_forty_milliseconds(hook: Hook, make_pool: Callable[..., AgentPool],
+                                          wait_until: Callable[..., None]) -> None:
+    """From the start of the process to its end, with a pool to ask. Of many runs the best, as the machine is shared."""
+    pool = make_pool(1, control=str(hook.control), budget=HostBudget(directory=hook.budget))
+    pool.submit(os.getpid).result(timeout=20)
+    wait_until(lambda: list(hook.control.glob("[0-9]*.sock")), "there is no control socket")
+    taken = []
+    for _ in range(40):
+        began = time.perf_counter()
+        hook.ask()
+        taken.append(time.perf_counter() - began)
+    print(f"\nhook: best {min(taken) * 1e3:.1f} ms, median {statistics.median(taken) * 1e3:.1f} ms")
+    assert min(taken) < 0.040
