@@ -141,7 +141,7 @@ def test_there_are_examples() -> None:
     assert {page.name for page in PAGES for block in blocks(page) if block.language == "python"} >= SHOWING
     assert any(block.language == "console" for page in PAGES for block in blocks(page))
     languages = {block.language for page in PAGES for block in blocks(page)}
-    assert languages <= {"python", "console", "text", "sh", "mermaid", "json"}, "a block in an unknown language"
+    assert languages <= {"python", "console", "text", "sh", "mermaid", "json", "toml"}, "a block in an unknown language"
 
 
 def test_the_readmes_first_example_is_short() -> None:
