@@ -382,6 +382,10 @@ class TaskOptionsDict(TypedDict, total=False):
     name: str | None
     block: bool
     victim: Victim
+    memory_growth_mb: float | None
+    expected_memory_mb: float | None
+    group: str | None
+    group_limit: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -396,6 +400,12 @@ class TaskOptions:
     name: shown in reports. block: whether `submit` waits for room where `max_pending` is set.
     victim: what is stopped when the worker's tree passes the hard limit: "task", or "tool": the biggest process that
         the task started, while there is one, so that the task goes on with the error that its tool gives it.
+    memory_growth_mb: the worker that ran the task is recycled when it has grown by more than this over its warm
+        baseline: the first reading after its first such task, set up agents included. Stands for the pool's limits,
+        where `memory_limit_mb` is not given as well.
+    expected_memory_mb: what the worker's process tree is expected to use while it runs the task. It is reserved: the
+        task begins when so much is available, less `min_available_mb` and what others were promised and use not yet.
+    group, group_limit: of all tasks of this group no more than so many run at once; others overtake those that wait.
     """
 
     timeout: float | None = None
@@ -408,11 +418,25 @@ class TaskOptions:
     name: str | None = None
     block: bool = True
     victim: Victim = "task"
+    memory_growth_mb: float | None = None
+    expected_memory_mb: float | None = None
+    group: str | None = None
+    group_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("timeout", "queue_timeout", "memory_limit_mb", "hard_memory_limit_mb"):
+        for name in ("timeout", "queue_timeout", "memory_limit_mb", "hard_memory_limit_mb", "memory_growth_mb",
+                     "expected_memory_mb"):
             _positive(name, getattr(self, name), none=True)
         _hard_above_soft(self.hard_memory_limit_mb, self.memory_limit_mb)
+        expected, hard = self.expected_memory_mb, self.hard_memory_limit_mb
+        _check(expected is None or hard is None or expected <= hard,
+               f"expected_memory_mb ({expected}) is above hard_memory_limit_mb ({hard}), at which the task would be "
+               "stopped; expect less, or raise the limit")
+        _check(self.group is None or (isinstance(self.group, str) and self.group != ""),
+               f"group must be a string that is not empty, got {self.group!r}")
+        _whole("group_limit", self.group_limit, least=1, none=True)
+        _check(self.group_limit is None or self.group is not None,
+               f"group_limit ({self.group_limit}) needs a group to count: options(group=..., group_limit=...)")
         _check(isinstance(self.priority, int) and not isinstance(self.priority, bool),
                f"priority must be a whole number, got {self.priority!r}")
         _check(self.key is None or isinstance(self.key, str), f"key must be a string, got {self.key!r}")

@@ -20,6 +20,7 @@ __all__ = [
     "InitializerError",
     "InternalError",
     "MemoryLimitError",
+    "MemoryReservationError",
     "PlanError",
     "PoolClosedError",
     "QuarantinedError",
@@ -129,6 +130,16 @@ class MemoryLimitError(AgentPoolError, MemoryError):
     peak_rss_bytes: int = 0
     samples: tuple[tuple[float, int], ...] = ()
     is_pool_wide: bool = False
+
+
+class MemoryReservationError(AgentPoolError, MemoryError):
+    """The task's `expected_memory_mb` is more than this host or container will ever have to give.
+
+    Attributes: `expected_bytes`, `givable_bytes`.
+    """
+
+    expected_bytes: int = 0
+    givable_bytes: int = 0
 
 
 class CircuitOpenError(AgentPoolError, BrokenExecutor):

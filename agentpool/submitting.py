@@ -228,6 +228,10 @@ def spec_of(options: TaskOptions) -> TaskSpec:
         spares_task=options.victim == "tool",
         soft_limit_bytes=None if options.memory_limit_mb is None else int(options.memory_limit_mb * MB),
         hard_limit_bytes=None if options.hard_memory_limit_mb is None else int(options.hard_memory_limit_mb * MB),
+        growth_limit_bytes=None if options.memory_growth_mb is None else int(options.memory_growth_mb * MB),
+        expected_bytes=None if options.expected_memory_mb is None else int(options.expected_memory_mb * MB),
+        group=options.group,
+        group_limit=options.group_limit,
     )
 
 

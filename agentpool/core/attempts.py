@@ -1,10 +1,11 @@
 """How the attempts of a task end: resolved, stopped, lost, given back, tried again.
 
-The third of the four rooms of one state machine, see `crew`. Pure; one thread at a time.
+The third of the six rooms of one state machine, see `crew`. Pure; one thread at a time.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from typing import Final
 
@@ -12,8 +13,8 @@ from agentpool.config import QUARANTINE_AFTER, PoolSettings
 from agentpool.core import failures
 from agentpool.core.actions import RESOLVE, AskToStop, DumpStack, Revoke
 from agentpool.core.crew import LIVE_STATES, POOL_STOPPED
+from agentpool.core.lines import LinedQueue
 from agentpool.core.placement import fresh_worker
-from agentpool.core.queueing import TaskQueue
 from agentpool.core.records import StopCause, TaskRecord, WorkerExit, WorkerRecord
 from agentpool.core.retry import RetryPolicy, backoff_seconds
 from agentpool.core.transitions import TASK_TRANSITIONS, BreakerState, TaskState, WorkerState, allowed_masks
@@ -38,13 +39,17 @@ class Attempts(Upkeep):
     def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
         super().__init__(settings, seed=seed)
         #: QUEUED tasks that did not kill a worker
-        self.queue = TaskQueue()
+        self.queue = LinedQueue()
         #: QUEUED tasks that killed a worker before and want a fresh one for themselves
         self.isolated: deque[TaskRecord] = deque()
         #: all and only the WAITING_RETRY tasks
         self.waiting: dict[int, TaskRecord] = {}
         #: the task that runs while nothing else may
         self.alone: TaskRecord | None = None
+
+    @abstractmethod
+    def _why_it_waits(self, task: TaskRecord) -> str:
+        """What a queued task waits for besides a free worker, in words; "": nothing."""
 
     def _hard_limit(self, task: TaskRecord) -> int | None:
         own = task.hard_limit_bytes
@@ -319,7 +324,7 @@ class Attempts(Upkeep):
     def _queue_timeout(self, now: float, task: TaskRecord) -> None:
         breaker = self.breaker.state
         error = (
-            failures.queue_timeout(task)
+            failures.queue_timeout(task, self._why_it_waits(task))
             if self.live or breaker is BreakerState.CLOSED
             else self._circuit_open(now, task)
         )
@@ -335,7 +340,7 @@ class Attempts(Upkeep):
         if task.is_isolated:
             self.isolated.remove(task)
         else:
-            self.queue.discard()
+            self.queue.discard(task)
         self._is_dirty = True
 
     def _consider_failing(self, now: float) -> None:

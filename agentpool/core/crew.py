@@ -1,8 +1,8 @@
-"""Workers of one pool: starting, losing, sending home. The lowest of five rooms of one state machine.
+"""Workers of one pool: starting, losing, sending home. The lowest of six rooms of one state machine.
 
 `Crew` < `Upkeep` (measuring, recycling) < `Attempts` (how a task's attempts end) < `Operations` (what operators order)
-< `Scheduler` (the events of tasks and of the pool, placing). Each room knows those below it, and of those above only
-the methods declared abstract here.
+< `Rationing` (groups, promised memory) < `Scheduler` (the events of tasks and of the pool, placing). Each room knows
+those below it, and of those above only the methods declared abstract here.
 Pure, like everything in `core`; one thread at a time may be inside, and the caller sees to that.
 """
 
@@ -97,6 +97,8 @@ class Crew(ABC):
         self.overhang = 0
         #: how many more workers there are than twice `max_workers`, since that was lowered; falls as they are gone
         self.left_over = 0
+        #: a task waits for memory: the host is measured from time to time even if there is no worker
+        self.is_memory_awaited = False
         #: sum of `rss_bytes` of `workers`
         self.pool_bytes = 0
         #: accepted tasks that are not resolved
@@ -126,6 +128,10 @@ class Crew(ABC):
     @abstractmethod
     def _backlog_lost(self, now: float, tasks: list[TaskRecord], worker: WorkerRecord, exit_: WorkerExit) -> None:
         """The worker is gone, and these tasks waited in it behind the one at its head."""
+
+    @abstractmethod
+    def _return_ration(self, worker: WorkerRecord) -> None:
+        """The worker's task, which has one, is in it no longer."""
 
     @abstractmethod
     def _stop_task(self, now: float, task: TaskRecord, cause: StopCause, *, ask: bool) -> None:
@@ -298,6 +304,7 @@ class Crew(ABC):
 
     def agent_set_up(self, now: float, worker: WorkerRecord, rss_bytes: int) -> None:
         """The worker set up an agent it will keep: its memory belongs to the baseline."""
+        worker.warm_bytes = None
         self._rebase(worker, max(worker.baseline_bytes or 0, rss_bytes))
 
     def _rebase(self, worker: WorkerRecord, baseline_bytes: int) -> None:
@@ -335,6 +342,8 @@ class Crew(ABC):
         if task is not None:
             worker.running = None
             self.active -= 1
+            if worker.ration is not None:
+                self._return_ration(worker)
             if self.overhang:
                 self.overhang = max(0, self.active - self.concurrency)
             self._task_lost(now, task, worker, exit_)

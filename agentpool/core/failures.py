@@ -15,6 +15,7 @@ from agentpool.errors import (
     AgentPoolError,
     CircuitOpenError,
     MemoryLimitError,
+    MemoryReservationError,
     QuarantinedError,
     QueueTimeoutError,
     TaskTimeoutError,
@@ -27,7 +28,9 @@ __all__ = [
     "crashed",
     "exit_words",
     "fresh",
+    "memory_awaited",
     "memory_limit",
+    "never_fits",
     "quarantined",
     "queue_timeout",
     "start_words",
@@ -128,11 +131,31 @@ def task_timeout(task: TaskRecord, seconds: float) -> TaskTimeoutError:
     )
 
 
-def queue_timeout(task: TaskRecord) -> QueueTimeoutError:
-    """The task waited too long."""
+def queue_timeout(task: TaskRecord, why: str = "") -> QueueTimeoutError:
+    """The task waited too long. `why`: what for, where that was more than a free worker."""
     return QueueTimeoutError(
         f"{_task_words(task)} waited longer than its queue_timeout of {task.spec.queue_timeout or 0:g} s and was not "
-        "started; raise max_concurrent, or allow it to wait longer"
+        f"started{why or '; raise max_concurrent, or allow it to wait longer'}"
+    )
+
+
+def memory_awaited(expected_bytes: int, free_bytes: int | None, reserved_bytes: int) -> str:
+    """Why a task still waits for memory, as the end of a sentence."""
+    return (
+        f"; it expects {expected_bytes / MB:.0f} MB (expected_memory_mb), and {max(0, free_bytes or 0) / MB:.0f} MB "
+        f"can be promised, beside {reserved_bytes / MB:.0f} MB that are promised to tasks that run"
+    )
+
+
+def never_fits(task: TaskRecord, givable_bytes: int | None) -> MemoryReservationError:
+    """The task expects more memory than there is."""
+    expected = task.spec.expected_bytes or 0
+    return MemoryReservationError(
+        f"{_task_words(task)} expects {expected / MB:.0f} MB (expected_memory_mb), and this host or container has only "
+        f"{(givable_bytes or 0) / MB:.0f} MB to give, all in all, less min_available_mb; expect less, or run it "
+        "elsewhere",
+        expected_bytes=expected,
+        givable_bytes=givable_bytes or 0,
     )
 
 

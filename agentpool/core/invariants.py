@@ -180,6 +180,37 @@ def what_runs_alone_is_alone(scheduler: Scheduler) -> Iterator[str]:
         yield f"{scheduler.active} tasks run beside or instead of {alone!r}, which runs alone"
 
 
+def groups_keep_their_limits(scheduler: Scheduler) -> Iterator[str]:
+    """Of a group no more tasks run than the greatest `group_limit` of those that do; `groups` counts them."""
+    counts: dict[str, int] = {}
+    limits: dict[str, int] = {}
+    for worker in scheduler.workers.values():
+        spec = worker.ration
+        if spec is not None and spec.group is not None:
+            counts[spec.group] = counts.get(spec.group, 0) + 1
+            own = scheduler.settings.max_workers if spec.group_limit is None else spec.group_limit
+            limits[spec.group] = max(limits.get(spec.group, 0), own)
+    if counts != scheduler.groups:
+        yield f"groups are {scheduler.groups}, {counts} were counted"
+    for group, count in counts.items():
+        is_alone = scheduler.alone is not None and scheduler.alone.spec.group == group
+        if count > limits[group] and not is_alone:
+            yield f"{count} tasks of {group!r} run, {limits[group]} may"
+
+
+def what_is_promised_is_accounted(scheduler: Scheduler) -> Iterator[str]:
+    """A worker has a ration exactly while it runs a task that stood in a line; `reserved_bytes` is their sum."""
+    for worker in scheduler.workers.values():
+        task = worker.running
+        wanted = None if task is None or task.spec.line is None else task.spec
+        most = 0 if wanted is None else wanted.expected_bytes or 0
+        if worker.ration is not wanted or not 0 <= worker.reserved_bytes <= most:
+            yield f"{worker!r} has {worker.ration} and {worker.reserved_bytes} bytes, its task is {task!r}"
+    found = sum(worker.reserved_bytes for worker in scheduler.workers.values())
+    if found != scheduler.reserved_bytes:
+        yield f"{scheduler.reserved_bytes} bytes are reserved, {found} were counted"
+
+
 def the_bound_holds(scheduler: Scheduler) -> Iterator[str]:
     """Queued <= max_pending where set; what was in a worker and came back is queued again all the same."""
     most = scheduler.settings.max_pending
@@ -293,7 +324,10 @@ def no_worker_is_idle_while_a_task_could_run(scheduler: Scheduler) -> Iterator[s
         return
     if scheduler._is_reserved():
         return
-    if scheduler.queue and scheduler.idle and scheduler.active < scheduler.concurrency:
+    could_run = scheduler.queue.plain_length or any(
+        head.spec.expected_bytes is None and scheduler._group_room(head) > 0 for head in scheduler.queue.heads()
+    )
+    if could_run and scheduler.idle and scheduler.active < scheduler.concurrency:
         yield f"{len(scheduler.queue)} tasks are queued, {list(scheduler.idle.values())} idle"
 
 
@@ -333,6 +367,8 @@ RULES: Final[tuple[Rule, ...]] = (
     the_throttle_holds,
     a_pool_runs_no_more_than_it_has_slots,
     what_runs_alone_is_alone,
+    groups_keep_their_limits,
+    what_is_promised_is_accounted,
     the_bound_holds,
     numbers_agree_with_workers,
     places_agree_with_states,

@@ -1,6 +1,6 @@
 """What operators order while the pool runs: resize, pause, drain, recycle, kill a worker.
 
-The fourth of the five rooms of one state machine, see `crew`. Each order is an event like any other; all may come at
+The fourth of the six rooms of one state machine, see `crew`. Each order is an event like any other; all may come at
 any time, from anybody, and twice. Pure; one thread at a time.
 """
 

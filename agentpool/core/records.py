@@ -7,13 +7,18 @@ Invariant comments (`#:`) are checked by `agentpool.core.invariants`.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from agentpool.core.retry import RetryPolicy
 from agentpool.core.timers import Timer
 from agentpool.core.transitions import TaskState, WorkerState
 
 __all__ = ["HostState", "StopCause", "TaskRecord", "TaskSpec", "TreeState", "WorkerExit", "WorkerRecord"]
+
+
+#: The line of tasks that reserve memory and are in no group.
+_FOR_MEMORY: Final = ("memory",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,21 @@ class TaskSpec:
     #: over the hard limit, the biggest process that the task started is stopped before the task itself
     spares_task: bool = False
     hard_limit_bytes: int | None = None
+    #: growth over its warm baseline at which the worker that ran the task is recycled, instead of the pool's limits
+    growth_limit_bytes: int | None = None
+    #: what the worker's tree is expected to use while it runs the task
+    expected_bytes: int | None = None
+    #: of this group no more run at once than that
+    group: str | None = None
+    group_limit: int | None = None
+    #: where the task waits if it needs more than a free worker; None: it does not
+    line: object = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.group is not None and self.group_limit is not None:
+            object.__setattr__(self, "line", self.group)
+        elif self.expected_bytes is not None:
+            object.__setattr__(self, "line", _FOR_MEMORY)
 
 
 class StopCause:
@@ -111,11 +131,11 @@ class WorkerRecord:
     """One worker process, from the decision to start it to the observation of its death."""
 
     __slots__ = (
-        "backlog", "backlog_timer", "baseline_bytes", "check_stage", "cpu_seconds", "id", "idle_since",
-        "is_leaving", "is_ordered", "is_over_hard_limit", "is_probe", "limit_bytes", "pid", "processes",
-        "reason", "retire_reason", "rss_bytes", "running", "sample_interval", "sample_timer", "sampled_at",
-        "samples", "soft_limit_bytes", "spawned_at", "state", "state_timer", "task_limit", "tasks_done",
-        "wants_check", "warm_kinds",
+        "backlog", "backlog_timer", "baseline_bytes", "check_stage", "cpu_seconds", "growth_limit_bytes", "id",
+        "idle_since", "is_leaving", "is_ordered", "is_over_hard_limit", "is_probe", "limit_bytes", "pid",
+        "processes", "ration", "reason", "reserved_bytes", "retire_reason", "rss_bytes", "running",
+        "sample_interval", "sample_timer", "sampled_at", "samples", "soft_limit_bytes", "spawned_at", "state",
+        "state_timer", "task_limit", "tasks_done", "wants_check", "warm_bytes", "warm_kinds",
     )
 
     def __init__(self, worker_id: int, now: float) -> None:
@@ -150,6 +170,13 @@ class WorkerRecord:
         self.baseline_bytes: int | None = None
         #: the soft limit of the task that ran last, where it set one
         self.soft_limit_bytes: int | None = None
+        self.growth_limit_bytes: int | None = None
+        #: its tree's memory after what it keeps was set up and first used: the first reading after that
+        self.warm_bytes: int | None = None
+        #: the options of the task at its head, where that is in a group or reserves memory
+        self.ration: TaskSpec | None = None
+        #: promised to that task, and not in the reading of the worker that went with the last one of the host
+        self.reserved_bytes = 0
         #: RSS above which it is recycled after a task, as those two and the settings make it
         self.limit_bytes: int | None = None
         #: a reading was above that: its memory is looked at when its tasks have ended

@@ -17,6 +17,7 @@ __all__ = [
     "baseline_warning",
     "is_over_soft_limit",
     "next_sample_interval",
+    "note_warm",
     "record_reading",
     "set_soft_limit",
     "tasks_before_recycling",
@@ -42,18 +43,30 @@ def set_soft_limit(settings: PoolSettings, worker: WorkerRecord) -> None:
     """Work out the RSS above which this worker is recycled after a task, after what that depends on has changed.
 
     A worker that is above `memory_limit_mb` when fresh would be recycled after every task, for ever (celery#4125):
-    for it the limit counts as growth over its baseline.
+    for it the limit counts as growth over its baseline. A growth limit of the task's own counts from the warm worker,
+    and stands for all limits of the pool that the task does not set as well.
     """
     limits = []
     baseline = worker.baseline_bytes or 0
     absolute = worker.soft_limit_bytes
-    if absolute is None and settings.memory_limit_mb is not None:
+    own_growth = worker.growth_limit_bytes
+    if absolute is None and own_growth is None and settings.memory_limit_mb is not None:
         absolute = int(settings.memory_limit_mb * MB)
     if absolute is not None:
         limits.append(absolute if baseline <= absolute else baseline + absolute)
-    if settings.memory_growth_mb is not None:
+    if own_growth is not None:
+        if worker.warm_bytes is not None:
+            limits.append(worker.warm_bytes + own_growth)
+    elif settings.memory_growth_mb is not None:
         limits.append(baseline + int(settings.memory_growth_mb * MB))
     worker.limit_bytes = min(limits, default=None)
+
+
+def note_warm(settings: PoolSettings, worker: WorkerRecord) -> None:
+    """This reading is the first after its first task with a growth limit of its own: that growth counts from here."""
+    if worker.growth_limit_bytes is not None and worker.warm_bytes is None:
+        worker.warm_bytes = max(worker.rss_bytes, worker.baseline_bytes or 0)
+        set_soft_limit(settings, worker)
 
 
 def is_over_soft_limit(worker: WorkerRecord, rss_bytes: int) -> bool:

@@ -4,7 +4,7 @@ One method per event; each takes `now`, in seconds of any monotonic clock. `take
 in order; `next_deadline()` says when to call `tick`. It performs nothing, knows no thread and takes no lock: the
 caller lets one thread in at a time. Handlers of one event may append actions, never call back into the scheduler.
 
-This is the uppermost of its five rooms (see `crew`): the events of tasks and of the pool, and placing. The events of
+This is the uppermost of its six rooms (see `crew`): the events of tasks and of the pool, and placing. The events of
 workers and of the machine are in `crew` and `upkeep`.
 """
 
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 from agentpool.config import PoolSettings
 from agentpool.core import failures, recycling
 from agentpool.core.actions import DISPATCH, Action, Revoke, RoomFreed
-from agentpool.core.operations import Operations
 from agentpool.core.placement import (
     GIVE_BACK_AFTER,
     Durations,
@@ -24,6 +23,7 @@ from agentpool.core.placement import (
     fresh_worker,
     may_wait_behind,
 )
+from agentpool.core.rationing import Rationing
 from agentpool.core.records import StopCause, TaskRecord, WorkerRecord
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
 from agentpool.errors import PoolClosedError, QueueFullError
@@ -43,7 +43,7 @@ MEASURE_AFTER: Final = 0.05
 SUCCESSOR_LEAD: Final = 1.0
 
 
-class Scheduler(Operations):
+class Scheduler(Rationing):
     """See the module. Public attributes are for reading only."""
 
     def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
@@ -88,7 +88,8 @@ class Scheduler(Operations):
         self.unresolved += 1
         task.queued_at = now
         if self.active < self.concurrency:
-            if self.idle and not self.queue and not self.isolated and self.alone is None and not is_one_of_many:
+            if (self.idle and not self.queue and not self.isolated and self.alone is None and not is_one_of_many
+                    and task.spec.line is None):
                 self._run(now, self._choose(task), task)
                 return
             self._is_dirty = True
@@ -175,10 +176,13 @@ class Scheduler(Operations):
             self._resolve(task, True, payload)
         else:
             self._attempt_ended(now, task, is_value, payload)
-        if spec.soft_limit_bytes != worker.soft_limit_bytes:
+        if spec.soft_limit_bytes != worker.soft_limit_bytes or spec.growth_limit_bytes != worker.growth_limit_bytes:
             worker.soft_limit_bytes = spec.soft_limit_bytes
+            worker.growth_limit_bytes = spec.growth_limit_bytes
             recycling.set_soft_limit(self.settings, worker)
             worker.wants_check |= not rss_bytes  # the last reading was judged by another limit
+            if spec.growth_limit_bytes is not None and worker.warm_bytes is None:
+                worker.wants_check = True  # for its first reading
         if seconds > MEASURE_AFTER or (rss_bytes and recycling.is_over_soft_limit(worker, rss_bytes)):
             worker.wants_check = True
         self._worker_free(now, worker)
@@ -247,7 +251,7 @@ class Scheduler(Operations):
         if not cancel_futures:
             return []
         free = self.concurrency - self.active if self.breaker.state is BreakerState.CLOSED else 0
-        kept = [self.queue.pop() for _ in range(min(free, len(self.queue)))]
+        kept = [self.queue.pop() for _ in range(min(free, self.queue.plain_length))]
         cancelled = self._cancel_waiting()
         for task in kept:
             self.queue.push(task)
@@ -279,9 +283,18 @@ class Scheduler(Operations):
         queue = self.queue
         if self.isolated:
             self._place_isolated(now)
-        while queue and self.idle and self.active < self.concurrency and not self._is_reserved():
-            task = queue.pop()
-            self._run(now, self._choose(task), task)
+        while (queue and (self.idle or queue.line_length) and self.active < self.concurrency
+               and not self._is_reserved()):
+            if queue.line_length:
+                found = self._next_in_line(now)
+                if found is None:
+                    break
+                self._run(now, *found)
+            else:
+                task = queue.pop()
+                self._run(now, self._choose(task), task)
+        if self.is_memory_awaited and not queue.line_length:
+            self.is_memory_awaited = False
         if self._hungry:
             self._feed(now)
         self._consider_spawning(now)
@@ -316,6 +329,8 @@ class Scheduler(Operations):
             if worker is None:
                 self._make_room_for_fresh(now)
                 return
+            if task.spec.line is not None and not task.is_alone and not self._admits(now, task, worker):
+                return  # one that runs alone shares with nobody
             self.isolated.popleft()
             if task.is_alone:
                 self.alone = task
@@ -366,6 +381,8 @@ class Scheduler(Operations):
             task.timer = self.timers.add(now + timeout, lambda at: self._task_timeout(at, task, timeout))
         if spec.kind is not None:
             worker.warm_kinds.add(spec.kind)
+        if spec.line is not None:
+            self._take_ration(worker, task)
         if spec.key is not None:
             self._affinity.used(spec.key, worker)
         soon = recycling.SAMPLE_BUSY
@@ -400,7 +417,7 @@ class Scheduler(Operations):
         room = self._durations.backlog_for(head.call_key)
         if worker.task_limit is not None:
             room = min(room, worker.task_limit - worker.tasks_done - 1)
-        share = min(len(self.queue) // self.concurrency, room - len(worker.backlog))
+        share = min(self.queue.plain_length // self.concurrency, room - len(worker.backlog))
         while share > 0:
             task = self.queue.peek()
             if task is None or not may_wait_behind(task, head):
@@ -440,7 +457,11 @@ class Scheduler(Operations):
             return 0 if self.active else 1
         slots = self.concurrency - self.active + self.leaving
         isolated = min(len(self.isolated), slots)
-        return isolated + max(0, min(len(self.queue), slots - isolated) - len(self.idle))
+        queue = self.queue
+        waiting = queue.plain_length
+        if queue.line_length and slots > 0:
+            waiting += self._line_demand(slots)
+        return isolated + max(0, min(waiting, slots - isolated) - len(self.idle))
 
     def _is_succeeded(self, worker: WorkerRecord) -> bool:
         """It could run another task, as one was taken back, but its successor has its place already."""
@@ -449,6 +470,8 @@ class Scheduler(Operations):
     def _worker_free(self, now: float, worker: WorkerRecord) -> None:
         """The task at its head has ended."""
         worker.running = None
+        if worker.ration is not None:
+            self._return_ration(worker)
         if worker.backlog:
             self._begin(now, worker, worker.backlog.popleft())
             if not self._hungry or self._hungry[-1] is not worker:

@@ -1,6 +1,6 @@
 """The workers' upkeep: measuring them and the machine, stopping what passes a hard limit, recycling what grew.
 
-The second of the four rooms of one state machine, see `crew`. Pure; one thread at a time.
+The second of the six rooms of one state machine, see `crew`. Pure; one thread at a time.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ class Upkeep(Crew):
     def _judge_check(self, now: float, worker: WorkerRecord) -> None:
         if worker.check_stage == 1:
             return  # asked for earlier: the garbage is still there
+        recycling.note_warm(self.settings, worker)
         if not recycling.is_over_soft_limit(worker, worker.rss_bytes):
             self.timers.cancel(worker.state_timer)
             worker.state_timer = None
@@ -216,7 +217,8 @@ class Upkeep(Crew):
             self._actions.append(SampleHost())
 
     def _watch_host(self, now: float) -> None:
-        if self.is_closed or not (self.workers or self.breaker.holds or self.governor.reasons):
+        is_of_use = self.workers or self.breaker.holds or self.governor.reasons or self.is_memory_awaited
+        if self.is_closed or not is_of_use:
             return
         self._is_host_quiet = not (self.unresolved or self.breaker.holds)
         interval = self.settings.cleanup_interval

@@ -14,6 +14,7 @@ from agentpool.core.records import TaskRecord, TaskSpec
 from agentpool.core.transitions import TaskState
 from agentpool.errors import InitializerError, PoolClosedError, QueueFullError, TaskKilledError
 from agentpool.testing.fates import FATES, move_on
+from agentpool.testing.needs import rationed_specs
 from agentpool.testing.oracle import FakeFuture, Oracle, Violation
 from agentpool.testing.process import FakeProcess, How
 from agentpool.testing.stage import Blocked, Stage
@@ -104,6 +105,13 @@ class Moves:
             if b & 64:
                 future.follower = self.specs[b % len(self.specs)]
             self._submit(future, key, block=bool(b & 32))
+
+    def do_submit_rationed(self, a: int, b: int) -> None:
+        """Submit up to 4 tasks of groups, or with memory to reserve, or with a growth limit of their own."""
+        specs = rationed_specs()
+        fate = FATES[a // len(specs) % len(FATES)]
+        for _ in range(1 + (b & 3)):
+            self._submit(FakeFuture(self.oracle, specs[a % len(specs)], fate), "f", block=bool(b & 32))
 
     def _submit(self, future: FakeFuture, key: str | None, *, block: bool) -> None:
         core = self.core

@@ -15,6 +15,7 @@ from agentpool.errors import (
     CircuitOpenError,
     InitializerError,
     MemoryLimitError,
+    MemoryReservationError,
     PoolClosedError,
     QuarantinedError,
     QueueTimeoutError,
@@ -154,8 +155,19 @@ class Oracle:
         future.produced, future.is_safe = None, False
         running = sum(1 for other in self._world.machine.living() if other.current is not None)
         core = self._world.core
+        self._judge_group(future.spec, task_id)
         if running > core.concurrency + core.overhang:
             raise Violation("the_throttle_holds", f"{running} tasks really run at once", task_id)
+
+    def _judge_group(self, spec: TaskSpec, task_id: int) -> None:
+        if spec.group is None or spec.group_limit is None:
+            return
+        together = sum(
+            1 for other in self._world.machine.living()
+            if other.current is not None and self.futures[other.current.task_id].spec.group == spec.group
+        )
+        if together > spec.group_limit:
+            raise Violation("groups_keep_their_limits", f"{together} of {spec.group!r} really run at once", task_id)
 
     def ended(self, process: FakeProcess, task_id: int, kind: int, payload: bytes, *, is_safe: bool) -> None:
         """A task ended in its worker."""
@@ -260,6 +272,9 @@ class Oracle:
             case TaskTimeoutError():
                 is_due = spec.timeout is not None and now >= task.started_at + spec.timeout
                 return None if is_due else f"its timeout is {spec.timeout}, it ran since {task.started_at}, now {now}"
+            case MemoryReservationError():
+                most = self._world.machine.total_bytes
+                return None if (spec.expected_bytes or 0) > most * 0.9 else f"it expects only {spec.expected_bytes}"
             case MemoryLimitError():
                 is_over = error.is_pool_wide or error.peak_rss_bytes > error.limit_bytes
                 return None if is_over else f"its peak was {error.peak_rss_bytes}, its limit {error.limit_bytes}"

@@ -24,12 +24,13 @@ _NOT_LIVE: Final = (_RETIRING, _KILLED)
 COVERED: Final = frozenset({
     "a_backlog_is_watched", "a_cause_is_set_exactly_while_stopping", "a_closed_pool_is_empty", "a_doomed_pool_ends",
     "a_pool_runs_no_more_than_it_has_slots", "a_task_is_in_one_place", "a_worker_runs_no_more_than_its_limit",
-    "attempts_are_charged_when_begun", "idle_workers_are_in_order", "limits_have_timers",
-    "no_worker_is_idle_while_a_task_could_run", "nothing_is_lost", "numbers_agree_with_workers", "one_probe_at_a_time",
-    "places_agree_with_states", "queued_tasks_are_in_state_queued", "ready_workers_have_a_baseline",
-    "running_is_set_exactly_while_busy", "tasks_outside_workers_have_none", "the_bound_holds",
-    "the_breaker_has_a_reason", "the_pool_keeps_its_size", "the_queue_counts_its_tasks", "the_throttle_holds",
-    "waiting_tasks_are_in_state_waiting_retry", "what_a_worker_owes_is_bounded_in_time", "what_runs_alone_is_alone",
+    "attempts_are_charged_when_begun", "groups_keep_their_limits", "idle_workers_are_in_order",
+    "limits_have_timers", "no_worker_is_idle_while_a_task_could_run", "nothing_is_lost",
+    "numbers_agree_with_workers", "one_probe_at_a_time", "places_agree_with_states",
+    "queued_tasks_are_in_state_queued", "ready_workers_have_a_baseline", "running_is_set_exactly_while_busy",
+    "tasks_outside_workers_have_none", "the_bound_holds", "the_breaker_has_a_reason", "the_pool_keeps_its_size",
+    "the_queue_counts_its_tasks", "the_throttle_holds", "waiting_tasks_are_in_state_waiting_retry",
+    "what_a_worker_owes_is_bounded_in_time", "what_is_promised_is_accounted", "what_runs_alone_is_alone",
     "workers_hold_tasks_in_their_states",
 })
 
@@ -80,19 +81,36 @@ def _pool_is_well(core: Scheduler) -> bool:
         return False
     return not (
         core.queue and core.idle and core.active < core.concurrency
-        and not core._is_dirty and not core._hungry and not core._is_reserved()
+        and not core._is_dirty and not core._hungry and not core._is_reserved() and _could_run(core)
+    )
+
+
+def _could_run(core: Scheduler) -> bool:
+    """Is there a queued task that needs no more than a free worker, or no more than a place in its group?"""
+    return bool(core.queue.plain_length) or any(
+        head.spec.expected_bytes is None and core._group_room(head) > 0 for head in core.queue.heads()
     )
 
 
 def _crew_is_well(core: Scheduler) -> bool:
     idle, checking = core.idle, core.checking
     has_doom, idle_timeout = core.doom is not None, core.settings.idle_timeout
-    live = starting = active = idling = in_check = probes = rss = leaving = 0
+    live = starting = active = idling = in_check = probes = rss = leaving = reserved = 0
+    has_rations = bool(core.groups)
     for worker in core.workers.values():
         state, running, timer = worker.state, worker.running, worker.state_timer
         rss += worker.rss_bytes
+        reserved += worker.reserved_bytes
         if running is not None:
             active += 1
+            if running.spec.line is not None:
+                has_rations = True
+                if worker.ration is not running.spec or worker.reserved_bytes < 0:
+                    return False
+            elif worker.ration is not None or worker.reserved_bytes:
+                return False
+        elif worker.ration is not None or worker.reserved_bytes:
+            return False
         if state is _BUSY:
             live += 1
             if running is None:
@@ -127,10 +145,32 @@ def _crew_is_well(core: Scheduler) -> bool:
         since = [worker.idle_since for worker in idle.values()]
         if since != sorted(since):
             return False
+    if has_rations and not _rations_are_well(core):
+        return False
     return (
-        live == core.live and starting == core.starting and active == core.active and rss == core.pool_bytes
+        live == core.live and reserved == core.reserved_bytes and starting == core.starting
+        and active == core.active and rss == core.pool_bytes
         and leaving == core.leaving and idling == len(idle) and in_check == len(checking)
         and probes <= 1 and bool(probes) is core.breaker.is_probing
+    )
+
+
+def _rations_are_well(core: Scheduler) -> bool:
+    counts: dict[str, int] = {}
+    limits: dict[str, int] = {}
+    for worker in core.workers.values():
+        spec = worker.ration
+        if spec is None:
+            continue
+        if worker.reserved_bytes > (spec.expected_bytes or 0):
+            return False
+        if spec.group is not None:
+            counts[spec.group] = counts.get(spec.group, 0) + 1
+            own = core.settings.max_workers if spec.group_limit is None else spec.group_limit
+            limits[spec.group] = max(limits.get(spec.group, 0), own)
+    alone = None if core.alone is None else core.alone.spec.group
+    return counts == core.groups and all(
+        count <= limits[group] or group == alone for group, count in counts.items()
     )
 
 

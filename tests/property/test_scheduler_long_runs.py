@@ -45,6 +45,9 @@ def _spec(rng: Random) -> TaskSpec:
         key=rng.choice([None, None, None, "k"]),
         kind=rng.choice([None, None, None, "a", "b"]),
         soft_limit_bytes=rng.choice([None, None, 50 * MB]),
+        expected_bytes=rng.choice([None, None, None, TOTAL // 10, TOTAL * 3 // 10]),
+        group=rng.choice([None, None, "g"]),
+        group_limit=rng.choice([1, 2]),
     )
 
 

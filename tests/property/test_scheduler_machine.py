@@ -64,6 +64,10 @@ specs = st.builds(
     kind=st.sampled_from([None, None, "a", "b"]),
     soft_limit_bytes=st.sampled_from([None, None, 50 * MB]),
     hard_limit_bytes=st.sampled_from([None, None, 200 * MB]),
+    growth_limit_bytes=st.sampled_from([None, None, None, 30 * MB]),
+    expected_bytes=st.sampled_from([None, None, None, TOTAL // 10, TOTAL * 3 // 10, 2 * TOTAL]),
+    group=st.sampled_from([None, None, "g", "h"]),
+    group_limit=st.sampled_from([None, 1, 2]),
 )
 plain = TaskSpec()
 retried = TaskSpec(policy=RetryPolicy())

@@ -106,7 +106,7 @@ def _leaks(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_manager_is_found(break_it: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     simulator = Simulator()
     break_it(simulator, monkeypatch)
-    assert simulator.run(range(2000)).failures, f"2,000 schedules, and nobody noticed: {break_it.__doc__}"
+    assert simulator.run(range(4000)).failures, f"4,000 schedules, and nobody noticed: {break_it.__doc__}"
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from agentpool.config import HostBudget
 from agentpool.core import invariants
 from agentpool.core.budget import Share
 from agentpool.core.invariants import RULES, check
-from agentpool.core.records import StopCause
+from agentpool.core.records import StopCause, TaskSpec
 from agentpool.core.retry import RetryPolicy
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
 from agentpool.errors import InternalError
@@ -125,6 +125,11 @@ def _share(**changes: Any) -> Callable[[Any], None]:
     return change
 
 
+def _too_many_of_a_group(bench: Any) -> None:
+    bench.running.spec = bench.busy.ration = TaskSpec(group="g", group_limit=0)
+    bench.core.groups["g"] = 1
+
+
 BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("nothing_is_lost", _hide_task),
     ("nothing_is_lost", lambda bench: setattr(bench.core.counters, "submitted", 9)),
@@ -150,6 +155,11 @@ BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("a_pool_runs_no_more_than_it_has_slots", _share(unused={5})),
     ("what_runs_alone_is_alone", lambda bench: setattr(bench.core, "alone", bench.queued)),
     ("what_runs_alone_is_alone", _alone_beside_another),
+    ("groups_keep_their_limits", lambda bench: bench.core.groups.update(g=1)),
+    ("groups_keep_their_limits", _too_many_of_a_group),
+    ("what_is_promised_is_accounted", _set(idle__reserved_bytes=1)),
+    ("what_is_promised_is_accounted", _set(core__reserved_bytes=1)),
+    ("what_is_promised_is_accounted", lambda bench: setattr(bench.busy, "ration", bench.running.spec)),
     ("the_bound_holds", _many_pending),
     ("numbers_agree_with_workers", _set(core__pool_bytes=1)),
     ("places_agree_with_states", lambda bench: bench.core.idle.clear()),

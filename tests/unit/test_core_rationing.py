@@ -1,0 +1,266 @@
+"""Groups, and memory that is promised before it is used."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from agentpool.config import MB
+from agentpool.core import actions as act
+from agentpool.core.records import HostState
+from agentpool.core.retry import compile_policy
+from agentpool.core.transitions import TaskState
+from agentpool.errors import MemoryReservationError, QueueTimeoutError, WorkerCrashedError
+
+#: 1,000 MB of 10,000 can be promised: the floor is 5 %.
+TIGHT = HostState(total_bytes=10_000 * MB, available_bytes=1_500 * MB)
+
+
+def crew(make_bench, count: int, **settings):
+    """A bench whose workers are all idle; from now on it asks the host for itself."""
+    bench = make_bench(max_workers=count, max_concurrent=count, memory_limit_mb=None, **settings)
+    tasks = [bench.submit() for _ in range(count)]
+    for worker in bench.spawned():
+        bench.ready(worker)
+    for task in tasks:
+        bench.finish(task)
+    bench.host = TIGHT
+    bench.advance(5.0)
+    return bench
+
+
+def states(tasks) -> list[str]:
+    return [task.state.name for task in tasks]
+
+
+class TestGroups:
+    def test_no_more_run_at_once_and_others_overtake_them(self, make_bench) -> None:
+        bench = crew(make_bench, 4)
+        grouped = [bench.submit(group="g", group_limit=2) for _ in range(3)]
+        other = bench.submit()
+        assert states([*grouped, other]) == ["RUNNING", "RUNNING", "QUEUED", "RUNNING"]
+        assert bench.core.groups == {"g": 2}
+        bench.finish(grouped[0])
+        assert states(grouped) == ["RESOLVED", "RUNNING", "RUNNING"]
+
+    def test_who_waited_longer_goes_first_when_both_could(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        first = bench.submit(group="g", group_limit=1)
+        bench.submit()
+        waiting, plain = bench.submit(group="g", group_limit=1), bench.submit()
+        assert bench.core.queue_length == 2
+        bench.finish(first)
+        assert states([waiting, plain]) == ["RUNNING", "QUEUED"]
+
+    def test_a_higher_priority_goes_first_all_the_same(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        first = bench.submit()
+        waiting, urgent = bench.submit(group="g", group_limit=1), bench.submit(priority=1)
+        bench.finish(first)
+        assert states([waiting, urgent]) == ["QUEUED", "RUNNING"]
+
+    def test_each_task_is_judged_by_its_own_limit(self, make_bench) -> None:
+        bench = crew(make_bench, 3)
+        tasks = [bench.submit(group="g", group_limit=limit) for limit in (1, 2, 1)]
+        assert states(tasks) == ["RUNNING", "RUNNING", "QUEUED"]
+
+    def test_no_worker_is_started_for_one_that_may_not_run(self, make_bench) -> None:
+        bench = make_bench(max_workers=4, max_concurrent=4)
+        for _ in range(4):
+            bench.submit(group="g", group_limit=2)
+        assert len(bench.spawned()) == 2
+
+    def test_a_lost_worker_gives_its_place_back(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        lost, waiting = (bench.submit(group="g", group_limit=1) for _ in range(2))
+        bench.exit(lost.worker)
+        assert isinstance(bench.outcomes[lost.id][1], WorkerCrashedError)
+        assert waiting.state is TaskState.RUNNING
+
+    def test_one_that_killed_its_worker_waits_for_its_group_as_well(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        poison = bench.submit(group="g", group_limit=1, policy=compile_policy(3))
+        bench.exit(poison.worker)
+        other = bench.submit(group="g", group_limit=1)
+        bench.advance(1.0)
+        for worker in bench.spawned():
+            bench.ready(worker)
+        assert (poison.is_isolated, states([poison, other])) == (True, ["QUEUED", "RUNNING"])
+        bench.finish(other)
+        bench.do(bench.core.recycle, other.worker and other.worker.id)
+        assert poison.state in (TaskState.RUNNING, TaskState.QUEUED)
+
+    def test_the_error_of_one_that_waited_too_long_names_the_group(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        bench.submit(group="g", group_limit=1)
+        late = bench.submit(group="g", group_limit=1, queue_timeout=3.0)
+        bench.advance(3.0)
+        error = bench.outcomes[late.id][1]
+        assert isinstance(error, QueueTimeoutError)
+        assert "its group 'g' ran 1 at once all the time (group_limit)" in str(error)
+
+    def test_those_in_lines_count_as_queued(self, make_bench) -> None:
+        bench = make_bench(max_workers=2, max_pending=1)
+        bench.started(group="g", group_limit=1)
+        waiting = bench.submit(group="g", group_limit=1)
+        assert bench.core.queue_length == 1
+        assert bench.do(bench.core.cancel, waiting)
+        assert bench.core.queue_length == 0
+
+
+class TestPromisedMemory:
+    def test_the_same_memory_is_not_given_out_twice(self, make_bench) -> None:
+        bench = crew(make_bench, 3)
+        tasks = [bench.submit(expected_bytes=600 * MB) for _ in range(2)]
+        plain = bench.submit()
+        assert states([*tasks, plain]) == ["RUNNING", "QUEUED", "RUNNING"]
+        assert bench.core.reserved_bytes == 580 * MB, "its worker has 20 already"
+
+    def test_what_readings_show_is_promised_no_longer(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        task = bench.submit(expected_bytes=600 * MB)
+        bench.sample(task.worker, 500)
+        assert bench.core.reserved_bytes == 580 * MB, "the host's reading is older"
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=1_020 * MB)
+        bench.advance(2.0)
+        assert bench.core.reserved_bytes == 100 * MB
+
+    def test_it_is_given_back_at_the_end_and_counted_anew(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        first, second = (bench.submit(expected_bytes=600 * MB) for _ in range(2))
+        before = bench.host_asked
+        bench.finish(first)
+        assert bench.host_asked == before + 1, "what it used is not in the last reading"
+        assert second.state is TaskState.RUNNING
+        bench.finish(second)
+        assert bench.core.reserved_bytes == 0
+
+    def test_a_reading_that_is_old_is_not_trusted(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        bench.host = None
+        bench.advance(60.0)
+        task = bench.submit(expected_bytes=600 * MB)
+        assert task.state is TaskState.QUEUED
+        bench.do(bench.core.host_sampled, TIGHT)
+        assert task.state is TaskState.RUNNING
+
+    def test_what_a_warm_worker_holds_is_part_of_it(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        (worker,) = bench.core.idle.values()
+        bench.sample(worker, 500)
+        assert bench.submit(expected_bytes=1_400 * MB).state is TaskState.RUNNING
+        assert bench.core.reserved_bytes == 900 * MB
+
+    def test_a_smaller_one_does_not_overtake_a_larger_one(self, make_bench) -> None:
+        bench = crew(make_bench, 3)
+        running = bench.submit(expected_bytes=600 * MB)
+        large, small = bench.submit(expected_bytes=900 * MB), bench.submit(expected_bytes=50 * MB)
+        in_a_group = bench.submit(expected_bytes=50 * MB, group="g", group_limit=1)
+        assert states([large, small, in_a_group]) == ["QUEUED"] * 3
+        bench.finish(running)
+        assert states([large, small, in_a_group]) == ["RUNNING"] * 3
+
+    def test_it_waits_for_memory_without_a_worker_too(self, make_bench) -> None:
+        bench = make_bench(memory_limit_mb=None)
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=800 * MB)
+        task = bench.submit(expected_bytes=600 * MB)
+        assert bench.spawned() == []
+        bench.advance(10.0)
+        assert bench.spawned() == [], "it asks again and again"
+        bench.host = TIGHT
+        bench.advance(2.0)
+        (worker,) = bench.spawned()
+        bench.ready(worker)
+        assert task.state is TaskState.RUNNING
+
+    def test_one_that_can_never_fit_is_told_so(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        never = [bench.submit(expected_bytes=20_000 * MB, group=group, group_limit=3) for group in (None, "g", "g")]
+        for task in never:
+            is_value, error = bench.outcomes[task.id]
+            assert not is_value
+            assert isinstance(error, MemoryReservationError)
+            assert (error.expected_bytes, error.givable_bytes) == (20_000 * MB, 9_500 * MB)
+            assert re.search(r"expects 20000 MB \(expected_memory_mb\), .* only 9500 MB to give", str(error))
+
+    def test_the_error_of_one_that_waited_too_long_names_the_memory(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        bench.submit(expected_bytes=900 * MB)
+        late = bench.submit(expected_bytes=600 * MB, queue_timeout=3.0)
+        bench.advance(3.0)
+        assert re.search(r"it expects 600 MB \(expected_memory_mb\), and 120 MB can be promised, beside 880 MB",
+                         str(bench.outcomes[late.id][1]))
+
+    def test_one_that_runs_alone_shares_with_nobody(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        task = bench.submit(expected_bytes=600 * MB)
+        for worker in bench.spawned():
+            bench.ready(worker)
+        bench.finish(task)
+        task = bench.submit(expected_bytes=600 * MB)
+        task.is_isolated = task.is_alone = True
+        bench.do(bench.core.task_skipped, task.worker, task)
+        bench.exit(next(iter(bench.core.workers.values())))
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=700 * MB)
+        bench.do(bench.core.host_sampled, bench.host)
+        bench.advance(1.0)
+        for worker in bench.spawned():
+            bench.ready(worker)
+        assert task.state is TaskState.RUNNING
+
+
+class TestGrowthLimits:
+    def test_growth_counts_from_the_first_reading_after_the_first_task(self, make_bench) -> None:
+        bench = make_bench(max_workers=1, memory_limit_mb=100, critical_memory_mb=1000)
+        task, worker = bench.started(growth_limit_bytes=50 * MB)
+        bench.finish(task)
+        assert bench.asked(act.SampleWorker) == [act.SampleWorker(worker)]
+        bench.sample(worker, 170)
+        assert (worker.warm_bytes, worker.limit_bytes) == (170 * MB, 220 * MB), "the pool's 100 MB do not count"
+        task = bench.submit(growth_limit_bytes=50 * MB)
+        bench.finish(task, seconds=1.0)
+        bench.sample(worker, 215)
+        assert worker.state.name == "IDLE"
+        task = bench.submit(growth_limit_bytes=50 * MB)
+        bench.finish(task, seconds=1.0)
+        bench.sample(worker, 230)
+        bench.do(bench.core.worker_collected, worker)
+        bench.sample(worker, 230)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "memory")]
+
+    def test_an_agent_that_is_set_up_later_makes_a_new_baseline(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        task, worker = bench.started(growth_limit_bytes=50 * MB)
+        bench.finish(task)
+        bench.sample(worker, 60)
+        bench.do(bench.core.agent_set_up, worker, 150 * MB)
+        assert worker.warm_bytes is None
+        bench.sample(worker, 160)
+        assert worker.limit_bytes is None or worker.limit_bytes > 160 * MB
+
+    def test_beside_a_limit_of_its_own_the_lower_counts(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        task, worker = bench.started(growth_limit_bytes=50 * MB, soft_limit_bytes=200 * MB)
+        bench.finish(task)
+        bench.sample(worker, 180)
+        assert worker.limit_bytes == 200 * MB
+
+    def test_the_next_plain_task_is_judged_by_the_pool_again(self, make_bench) -> None:
+        bench = make_bench(max_workers=1, memory_limit_mb=100)
+        task, worker = bench.started(growth_limit_bytes=50 * MB)
+        bench.finish(task)
+        bench.sample(worker, 60)
+        task = bench.submit()
+        bench.finish(task)
+        assert worker.limit_bytes == 100 * MB
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_shutdown_without_waiting_cancels_those_in_lines(make_bench, paused: bool) -> None:
+    bench = crew(make_bench, 2)
+    bench.submit(group="g", group_limit=1)
+    waiting = bench.submit(group="g", group_limit=1)
+    if paused:
+        bench.do(bench.core.pause)
+    assert bench.do(bench.core.shutdown, cancel_futures=True) == [waiting]
