@@ -28,6 +28,7 @@ from agentpool.errors import (
     RemoteTaskError,
     ResultPicklingError,
     ResultUnpicklingError,
+    SessionLostError,
     SettingsError,
     TaskKilledError,
     TaskPicklingError,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from agentpool.monitor import ResourceMonitor, get_resource_monitor
     from agentpool.orchestrator import orchestrate_with_memory_management
     from agentpool.pool import AgentPool, PoolView, get_agent_pool, get_circuit_breaker
+    from agentpool.sessions import Session
     from agentpool_worker.agents.base import Agent
 
 __version__ = "0.1.0"
@@ -80,6 +82,8 @@ __all__ = [
     "ResultPicklingError",
     "ResultUnpicklingError",
     "RetryPolicy",
+    "Session",
+    "SessionLostError",
     "SettingsError",
     "TaskKilledError",
     "TaskPicklingError",
@@ -111,6 +115,7 @@ _LAZY = {
     "ResourceCircuitBreaker": "agentpool.breaker",
     "ResourceMonitor": "agentpool.monitor",
     "RetryPolicy": "agentpool.core.retry",
+    "Session": "agentpool.sessions",
     "TaskSnapshot": "agentpool.futures",
     "agent": "agentpool.agents.registry",
     "get_agent_pool": "agentpool.pool",

@@ -30,6 +30,8 @@ DEFAULT_MAX_PENDING: Final = 1_000
 LONG_QUEUE: Final = 10_000
 #: Attempts for a lost worker that an agent kind declared `idempotent` gets without asking.
 IDEMPOTENT_ATTEMPTS: Final = 3
+#: A session that nobody uses for so many seconds is lost: others may want its worker.
+DEFAULT_SESSION_IDLE_TIMEOUT: Final = 300.0
 #: A task that killed this many workers is quarantined.
 QUARANTINE_AFTER: Final = 3
 
@@ -367,6 +369,12 @@ class PoolSettings:
             if isinstance(given.get(name), (list, set, frozenset)):
                 given[name] = tuple(given[name])
         return cls(**given)
+
+
+def check_session(key: str | None, idle_timeout: float | None) -> None:
+    """Raises SettingsError for what `pool.session()` does not take."""
+    _check(key is None or (isinstance(key, str) and key != ""), f"key must be a string that is not empty, got {key!r}")
+    _positive("idle_timeout", idle_timeout, none=True)
 
 
 class TaskOptionsDict(TypedDict, total=False):

@@ -29,6 +29,7 @@ __all__ = [
     "RemoteTaskError",
     "ResultPicklingError",
     "ResultUnpicklingError",
+    "SessionLostError",
     "SettingsError",
     "TaskKilledError",
     "TaskPicklingError",
@@ -71,6 +72,20 @@ class PoolClosedError(AgentPoolError, RuntimeError):
 
 class ForkedPoolError(PoolClosedError):
     """This is a forked copy of the process that made the pool: the copy cannot reach the workers."""
+
+
+class SessionLostError(AgentPoolError, BrokenExecutor):
+    """The worker of a session was lost or recycled before the session was closed, and with it what its tasks had left.
+
+    Attributes: `key`, the session's; `reason`: "crashed", "killed" (by `kill_worker`), "memory", "idle" (its
+    `idle_timeout`), "stopped" (a task of it passed its timeout or hard memory limit, or was killed), or "recycled";
+    `exit_code` (negative: the signal) and `worker_pid`, where there are any.
+    """
+
+    key: str | None = None
+    reason: str = ""
+    exit_code: int | None = None
+    worker_pid: int | None = None
 
 
 class UnknownWorkerError(AgentPoolError, LookupError):

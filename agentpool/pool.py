@@ -17,12 +17,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from agentpool.breaker import ResourceCircuitBreaker
-from agentpool.config import DEFAULT_MAX_PENDING, PoolOptions, PoolSettings, TaskOptions, TaskOptionsDict
+from agentpool.config import (
+    DEFAULT_MAX_PENDING,
+    DEFAULT_SESSION_IDLE_TIMEOUT,
+    PoolOptions,
+    PoolSettings,
+    TaskOptions,
+    TaskOptionsDict,
+)
 from agentpool.errors import AgentPoolError, SettingsError, TaskKilledError, WorkerCrashedError
 from agentpool.operating import Operating
 from agentpool.runtime import lifecycle
 from agentpool.runtime.manager import Manager
 from agentpool.runtime.stats import pool_stats
+from agentpool.sessions import Session, Sessions
 from agentpool.submitting import Submitting, pickling_error, spec_of
 from agentpool_worker import protocol
 
@@ -87,6 +95,7 @@ class AgentPool(Submitting, Operating):
         except Exception as error:
             raise pickling_error(error, initializer, initargs, {}) from error
         self._manager = Manager(settings_, init, self.name)
+        self._sessions = Sessions()
         self.breaker = ResourceCircuitBreaker(self)
         if self.settings.control:
             self._manager.door.opener = partial(
@@ -107,6 +116,18 @@ class AgentPool(Submitting, Operating):
         `pool.options(timeout=30, priority=5).submit(task)`. Views are cheap, Executors themselves, and may be kept.
         """
         return PoolView(self, self._options.updated(options), frozenset(options))
+
+    def session(
+        self, key: str | None = None, *, idle_timeout: float | None = DEFAULT_SESSION_IDLE_TIMEOUT
+    ) -> Session:
+        """An Executor whose tasks run in one worker, in order, one at a time, with what they leave there kept.
+
+        key: names it in reports; while a session of that key is open, this returns it. idle_timeout: seconds without a
+        task after which it is lost and its worker retired; None: never. It gets its worker with its first task, which
+        waits while all are taken; closing it, or leaving its `with` block, retires that worker.
+        Raises SettingsError, and PoolClosedError after shutdown.
+        """
+        return self._sessions.open(self._manager, self._options, self._spec, key, idle_timeout)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -192,6 +213,12 @@ class PoolView(Submitting):
     def options(self, **options: Unpack[TaskOptionsDict]) -> PoolView:
         """A view with some options replaced again."""
         return PoolView(self._pool, self._options.updated(options), self._given | options.keys())
+
+    def session(
+        self, key: str | None = None, *, idle_timeout: float | None = DEFAULT_SESSION_IDLE_TIMEOUT
+    ) -> Session:
+        """As `AgentPool.session`, with this view's options for its tasks."""
+        return self._pool._sessions.open(self._manager, self._options, self._spec, key, idle_timeout)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shuts down the pool itself."""

@@ -1,6 +1,6 @@
 """How the attempts of a task end: resolved, stopped, lost, given back, tried again.
 
-The third of the six rooms of one state machine, see `crew`. Pure; one thread at a time.
+The third of the seven rooms of one state machine, see `crew`. Pure; one thread at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from agentpool.core.actions import RESOLVE, AskToStop, DumpStack, Revoke
 from agentpool.core.crew import LIVE_STATES, POOL_STOPPED
 from agentpool.core.lines import LinedQueue
 from agentpool.core.placement import fresh_worker
-from agentpool.core.records import StopCause, TaskRecord, WorkerExit, WorkerRecord
+from agentpool.core.records import SessionRecord, StopCause, TaskRecord, WorkerExit, WorkerRecord
 from agentpool.core.retry import RetryPolicy, backoff_seconds
 from agentpool.core.transitions import TASK_TRANSITIONS, BreakerState, TaskState, WorkerState, allowed_masks
 from agentpool.core.upkeep import Upkeep
@@ -46,6 +46,10 @@ class Attempts(Upkeep):
         self.waiting: dict[int, TaskRecord] = {}
         #: the task that runs while nothing else may
         self.alone: TaskRecord | None = None
+
+    @abstractmethod
+    def _left_session(self, task: TaskRecord, session: SessionRecord) -> None:
+        """A task of this session is resolved."""
 
     @abstractmethod
     def _why_it_waits(self, task: TaskRecord) -> str:
@@ -82,6 +86,8 @@ class Attempts(Upkeep):
         task.worker = None
         task.stop = None
         self.unresolved -= 1
+        if task.spec.session is not None:
+            self._left_session(task, task.spec.session)
         if not self.unresolved and self.is_closing:
             self._is_dirty = True
 
@@ -125,7 +131,9 @@ class Attempts(Upkeep):
             task.last_error = error
         policy = task.spec.policy
         wait = None
-        if policy is not None and task.kills < QUARANTINE_AFTER and self.doom is None:
+        session = task.spec.session
+        is_over = session is not None and session.error is not None  # what it would find is gone
+        if policy is not None and task.kills < QUARANTINE_AFTER and self.doom is None and not is_over:
             assert task.first_started_at is not None
             try:
                 wait = policy.decide(
@@ -228,7 +236,9 @@ class Attempts(Upkeep):
     def _task_lost(self, now: float, task: TaskRecord, worker: WorkerRecord, exit_: WorkerExit) -> None:
         """The worker died with this task at its head. Whoever ordered that, or the keeper, is to blame before it."""
         is_blameless = exit_.keeper_lost or bool(worker.reason)
-        if not exit_.began:
+        if task.spec.session is not None and task.stop is None and self.doom is None:
+            self._session_task_lost(task, task.spec.session, worker, exit_)
+        elif not exit_.began:
             if task.stop is not None or worker.reason:
                 self._head_unbegun(task)
                 return
@@ -252,6 +262,19 @@ class Attempts(Upkeep):
                 if task.kills >= QUARANTINE_AFTER:
                     tell = failures.quarantined
             self._attempt_ended(now, task, False, tell(task, worker, exit_))
+
+    def _session_task_lost(
+        self, task: TaskRecord, session: SessionRecord, worker: WorkerRecord, exit_: WorkerExit
+    ) -> None:
+        """Whether or not it began: the state that it counts on is gone."""
+        assert session.error is not None
+        error = failures.fresh(session.error)
+        if exit_.began:
+            self.counters.crashed += not worker.is_ordered
+            error.__cause__ = failures.crashed(task, worker, exit_)
+        else:
+            self._uncharge(task)
+        self._resolve(task, False, error)
 
     def _dispatch_backoff(self, now: float, task: TaskRecord) -> float:
         seconds = backoff_seconds(task.dispatch_failures, self.rng)

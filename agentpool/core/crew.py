@@ -1,8 +1,8 @@
-"""Workers of one pool: starting, losing, sending home. The lowest of six rooms of one state machine.
+"""Workers of one pool: starting, losing, sending home. The lowest of seven rooms of one state machine.
 
 `Crew` < `Upkeep` (measuring, recycling) < `Attempts` (how a task's attempts end) < `Operations` (what operators order)
-< `Rationing` (groups, promised memory) < `Scheduler` (the events of tasks and of the pool, placing). Each room knows
-those below it, and of those above only the methods declared abstract here.
+< `Rationing` (groups, promised memory) < `Sessions` < `Scheduler` (the events of tasks and of the pool, placing). Each
+room knows those below it, and of those above only the methods declared abstract here.
 Pure, like everything in `core`; one thread at a time may be inside, and the caller sees to that.
 """
 
@@ -20,7 +20,7 @@ from agentpool.core import failures, recycling
 from agentpool.core.actions import Action, BreakerChanged, Close, Kill, Retire, Spawn, Warn
 from agentpool.core.breaker import Breaker
 from agentpool.core.governance import Governor
-from agentpool.core.records import StopCause, TaskRecord, WorkerExit, WorkerRecord
+from agentpool.core.records import SessionRecord, StopCause, TaskRecord, WorkerExit, WorkerRecord
 from agentpool.core.retry import backoff_seconds
 from agentpool.core.timers import TimerQueue
 from agentpool.core.transitions import WORKER_TRANSITIONS, BreakerState, WorkerState, allowed_masks
@@ -79,8 +79,10 @@ class Crew(ABC):
         self.counters = Counters()
         #: every worker that is not GONE
         self.workers: dict[int, WorkerRecord] = {}
-        #: all and only the IDLE ones, in the order of becoming idle
+        #: all and only the IDLE ones that no session has, in the order of becoming idle
         self.idle: dict[int, WorkerRecord] = {}
+        #: all and only the IDLE ones that a session has, which alone may use them
+        self.kept: dict[int, WorkerRecord] = {}
         #: all and only the CHECKING ones
         self.checking: dict[int, WorkerRecord] = {}
         #: number of workers in LIVE_STATES
@@ -134,6 +136,18 @@ class Crew(ABC):
         """The worker's task, which has one, is in it no longer."""
 
     @abstractmethod
+    def _session_idle(self, now: float, worker: WorkerRecord, session: SessionRecord) -> None:
+        """The worker, which this session has, became idle."""
+
+    @abstractmethod
+    def _session_retired(self, now: float, worker: WorkerRecord, session: SessionRecord, reason: str) -> None:
+        """The worker, which this session has, was told to end."""
+
+    @abstractmethod
+    def _session_killed(self, now: float, worker: WorkerRecord, session: SessionRecord, exit_: WorkerExit) -> None:
+        """The worker, which this session had, is gone."""
+
+    @abstractmethod
     def _stop_task(self, now: float, task: TaskRecord, cause: StopCause, *, ask: bool) -> None:
         """A RUNNING task is to end."""
 
@@ -174,17 +188,19 @@ class Crew(ABC):
             worker.is_leaving = False
             self.leaving -= 1
         if old is _IDLE:
-            del self.idle[worker.id]
+            del (self.idle if worker.session is None else self.kept)[worker.id]
         elif old is _CHECKING:
             del self.checking[worker.id]
         if state is _CHECKING:
             self.checking[worker.id] = worker
         elif state is _IDLE:
-            self.idle[worker.id] = worker
+            (self.idle if worker.session is None else self.kept)[worker.id] = worker
 
     def _now_idle(self, now: float, worker: WorkerRecord) -> None:
         self._move_worker(worker, _IDLE)
         worker.idle_since = now
+        if worker.session is not None:
+            self._session_idle(now, worker, worker.session)
         timeout = self.settings.idle_timeout
         if worker.state_timer is None and timeout is not None:
             # Armed once and looked at when it fires: a timer per task would cost as much as the task.
@@ -205,6 +221,8 @@ class Crew(ABC):
         self._set_state_timer(worker, now + RETIRE_GRACE, "did not end when told to")
         self._actions.append(Retire(worker, reason))
         self._is_dirty = True
+        if worker.session is not None:
+            self._session_retired(now, worker, worker.session, reason)
 
     def _kill(self, now: float, worker: WorkerRecord, reason: str) -> None:
         if worker.state is not _KILLED:
@@ -222,7 +240,7 @@ class Crew(ABC):
         due = worker.idle_since + timeout
         if now < due:
             self._watch_idle(worker, due, timeout)
-        elif self.live > self.settings.min_workers:
+        elif self.live > self.settings.min_workers and worker.session is None:
             self._retire(now, worker, "idle")
         else:
             self._watch_idle(worker, now + timeout, timeout)
@@ -336,6 +354,8 @@ class Crew(ABC):
         elif worker.is_probe:
             self.breaker.probe_abandoned()
         worker.is_probe = False
+        if worker.session is not None:
+            self._session_killed(now, worker, worker.session, exit_)
         if backlog:
             worker.backlog.clear()
             self._backlog_lost(now, backlog, worker, exit_)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import signal
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from agentpool.config import MB
-from agentpool.core.records import TaskRecord, WorkerExit, WorkerRecord
+from agentpool.core.records import SessionRecord, TaskRecord, WorkerExit, WorkerRecord
 from agentpool.errors import (
     AgentPoolError,
     CircuitOpenError,
@@ -18,6 +18,7 @@ from agentpool.errors import (
     MemoryReservationError,
     QuarantinedError,
     QueueTimeoutError,
+    SessionLostError,
     TaskTimeoutError,
     WorkerCrashedError,
     WorkerKilledError,
@@ -33,6 +34,8 @@ __all__ = [
     "never_fits",
     "quarantined",
     "queue_timeout",
+    "session_crashed",
+    "session_retired",
     "start_words",
     "task_timeout",
 ]
@@ -120,6 +123,41 @@ def _crash(cls: type[C], task: TaskRecord, worker: WorkerRecord, exit_: WorkerEx
         peak_rss_bytes=peak,
         stderr_tail=exit_.stderr_tail,
         worker_pid=worker.pid,
+    )
+
+
+_SESSION_ENDS: Final = {
+    "memory": ("memory", "was recycled, as it was over its memory limit after a task; allow it more with "
+                         "options(memory_limit_mb=...)"),
+    "session idle": ("idle", "was not used for longer than its idle_timeout"),
+    "task stopped": ("stopped", "had to go with a task that was stopped"),
+}
+
+
+def _session_words(session: SessionRecord) -> str:
+    return f"session {session.id}" + (f" ({session.key})" if session.key else "")
+
+
+_NEW_SESSION: Final = "What its tasks had left there is gone: open a new one"
+
+
+def session_retired(session: SessionRecord, worker: WorkerRecord, why: str) -> SessionLostError:
+    """The session's worker was told to end before the session was closed."""
+    reason, words = _SESSION_ENDS.get(why, ("recycled", f"was recycled ({why})"))
+    who = "it" if reason == "idle" else f"its worker (pid {worker.pid})"
+    timeout = f" of {session.idle_timeout:g} s" if reason == "idle" else ""
+    return SessionLostError(f"{_session_words(session)} is lost: {who} {words}{timeout}. {_NEW_SESSION}",
+                            key=session.key, reason=reason, worker_pid=worker.pid)
+
+
+def session_crashed(session: SessionRecord, worker: WorkerRecord, exit_: WorkerExit) -> SessionLostError:
+    """The session's worker is gone."""
+    task = worker.running
+    reason = "killed" if worker.is_ordered else "stopped" if task is not None and task.stop is not None else "crashed"
+    how = f"was stopped ({worker.reason})" if worker.reason else exit_words(exit_)
+    return SessionLostError(
+        f"{_session_words(session)} is lost: its worker (pid {worker.pid}) {how}. {_NEW_SESSION}{_tail(exit_)}",
+        key=session.key, reason=reason, exit_code=exit_.exit_code, worker_pid=worker.pid,
     )
 
 

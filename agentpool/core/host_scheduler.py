@@ -105,7 +105,7 @@ class HostScheduler(Scheduler):
         if self.active and self._is_reserved():
             return self.active
         # Where no process may be started, more tasks than there are workers would only keep slots from others.
-        ready = len(self.idle) + self.starting + len(self.checking)
+        ready = len(self.idle) + len(self.kept) + self.starting + len(self.checking)
         waiting = self.queue_length
         if waiting > ready and not self._may_start(now):
             waiting = ready

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
 from agentpool.core.crew import LIVE_STATES
-from agentpool.core.records import TaskRecord, WorkerRecord
+from agentpool.core.records import SessionRecord, TaskRecord, WorkerRecord
 from agentpool.core.scheduler import Scheduler
 from agentpool.core.timers import Timer
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
@@ -138,11 +138,12 @@ def limits_have_timers(scheduler: Scheduler) -> Iterator[str]:
 def the_pool_keeps_its_size(scheduler: Scheduler) -> Iterator[str]:
     """Live workers <= max_workers; with those that are about to be gone, twice that at most.
 
-    Where `resize` made them too many, all that are left are busy, and marked to go.
+    Where `resize` made them too many, all that are left are busy and marked to go, or of sessions.
     """
     most = scheduler.settings.max_workers
     is_too_many = scheduler.live - scheduler.leaving > most and any(
         worker.state in LIVE_STATES and not worker.is_leaving and worker.retire_reason is None
+        and worker.session is None
         for worker in scheduler.workers.values()
     )
     if is_too_many or len(scheduler.workers) > 2 * most + scheduler.left_over:
@@ -211,6 +212,38 @@ def what_is_promised_is_accounted(scheduler: Scheduler) -> Iterator[str]:
         yield f"{scheduler.reserved_bytes} bytes are reserved, {found} were counted"
 
 
+def a_session_has_one_worker(scheduler: Scheduler) -> Iterator[str]:
+    """A session and its worker know each other; it runs only its tasks, and they run only there, one at a time."""
+    for worker in scheduler.workers.values():
+        session, task = worker.session, worker.running
+        theirs = None if task is None else task.spec.session
+        if task is not None and theirs is not session:
+            yield f"{worker!r} of {session!r} runs {task!r} of {theirs!r}"
+        is_there = worker.state in (WorkerState.IDLE, WorkerState.BUSY, WorkerState.CHECKING)
+        if session is not None and is_there and session.worker is not worker:
+            yield f"{worker!r} is of {session!r}, which has {session.worker!r}"
+        if session is not None and task is not None and session.current is not task:
+            yield f"{worker!r} runs {task!r}, and {session!r} has {session.current!r}"
+
+
+def sessions_count_their_tasks(scheduler: Scheduler) -> Iterator[str]:
+    """`sessions` are those with a worker or tasks; each knows how many. In one that is lost nothing waits."""
+    counts: dict[SessionRecord, int] = {}
+    for task in (*_queued(scheduler), *scheduler.waiting.values(), *(task for _, task in _held(scheduler))):
+        if task.spec.session is not None:
+            counts[task.spec.session] = counts.get(task.spec.session, 0) + 1
+    for session in {*scheduler.sessions.values(), *counts}:
+        if session.unresolved != counts.get(session, 0) or scheduler.sessions.get(session.id) is not session:
+            yield f"{session!r}: {counts.get(session, 0)} were counted"
+        if not session.unresolved and session.worker is None:
+            yield f"{session!r} is over"
+        if session.current is not None and session.current.state is TaskState.RESOLVED:
+            yield f"{session!r} goes on with {session.current!r}"
+    for task in (*_queued(scheduler), *scheduler.waiting.values()):
+        if task.spec.session is not None and task.spec.session.error is not None:
+            yield f"{task!r} waits in {task.spec.session!r}, which is lost"
+
+
 def the_bound_holds(scheduler: Scheduler) -> Iterator[str]:
     """Queued <= max_pending where set; what was in a worker and came back is queued again all the same."""
     most = scheduler.settings.max_pending
@@ -239,7 +272,12 @@ def places_agree_with_states(scheduler: Scheduler) -> Iterator[str]:
     for worker in scheduler.workers.values():
         if worker.state is WorkerState.GONE:
             yield f"{worker!r} is among the workers"
-    for state, place in ((WorkerState.IDLE, scheduler.idle), (WorkerState.CHECKING, scheduler.checking)):
+    idle = {**scheduler.idle, **scheduler.kept}
+    if any(worker.session is not None for worker in scheduler.idle.values()) or any(
+        worker.session is None for worker in scheduler.kept.values()
+    ):
+        yield f"idle are {scheduler.idle}, of sessions {scheduler.kept}"
+    for state, place in ((WorkerState.IDLE, idle), (WorkerState.CHECKING, scheduler.checking)):
         found = {id_ for id_, worker in scheduler.workers.items() if worker.state is state}
         if found != set(place):
             yield f"{state.name} are {sorted(found)}, the scheduler says {sorted(place)}"
@@ -324,10 +362,10 @@ def no_worker_is_idle_while_a_task_could_run(scheduler: Scheduler) -> Iterator[s
         return
     if scheduler._is_reserved():
         return
-    could_run = scheduler.queue.plain_length or any(
-        head.spec.expected_bytes is None and scheduler._group_room(head) > 0 for head in scheduler.queue.heads()
+    could_run = (scheduler.queue.plain_length and scheduler.idle) or any(
+        scheduler._could_begin(head) for head in scheduler.queue.heads()
     )
-    if could_run and scheduler.idle and scheduler.active < scheduler.concurrency:
+    if could_run and scheduler.active < scheduler.concurrency:
         yield f"{len(scheduler.queue)} tasks are queued, {list(scheduler.idle.values())} idle"
 
 
@@ -369,6 +407,8 @@ RULES: Final[tuple[Rule, ...]] = (
     what_runs_alone_is_alone,
     groups_keep_their_limits,
     what_is_promised_is_accounted,
+    a_session_has_one_worker,
+    sessions_count_their_tasks,
     the_bound_holds,
     numbers_agree_with_workers,
     places_agree_with_states,

@@ -1,6 +1,6 @@
 """What operators order while the pool runs: resize, pause, drain, recycle, kill a worker.
 
-The fourth of the six rooms of one state machine, see `crew`. Each order is an event like any other; all may come at
+The fourth of the seven rooms of one state machine, see `crew`. Each order is an event like any other; all may come at
 any time, from anybody, and twice. Pure; one thread at a time.
 """
 
@@ -72,14 +72,15 @@ class Operations(Attempts):
 
     def _shed(self, now: float, surplus: int) -> None:
         """So many workers are too many: the longest idle go first, then those that are not ready yet."""
-        for worker in [*self.idle.values(), *self.checking.values()][:max(0, surplus)]:
+        free = [*self.idle.values(), *(worker for worker in self.checking.values() if worker.session is None)]
+        for worker in free[:max(0, surplus)]:
             self._retire(now, worker, SURPLUS)
             surplus -= 1
         for worker in reversed(list(self.workers.values())):
             if worker.state is _STARTING and surplus > 0:
                 self._order_kill(now, worker, SURPLUS)
                 surplus -= 1
-            elif worker.state is _BUSY and worker.retire_reason in (None, SURPLUS):
+            elif worker.state is _BUSY and worker.session is None and worker.retire_reason in (None, SURPLUS):
                 # Nobody knows whose task ends first: all are marked, and looked at again then (`_is_to_go`).
                 worker.retire_reason = SURPLUS if surplus > 0 else None
 
@@ -127,7 +128,8 @@ class Operations(Attempts):
     def recycle(self, now: float, worker_id: int | None) -> int:
         """Retire one worker, or all (None), as soon as their tasks ended. Returns how many go that would have stayed.
 
-        Raises UnknownWorkerError for an id that no worker ever had. One that is starting is fresh anyway.
+        Raises UnknownWorkerError for an id that no worker ever had. One that is starting is fresh anyway; one of a
+        session goes with it, and not before.
         """
         if worker_id is None:
             workers = list(self.workers.values())
@@ -136,6 +138,8 @@ class Operations(Attempts):
         return sum([self._recycle(now, worker) for worker in workers])
 
     def _recycle(self, now: float, worker: WorkerRecord) -> bool:
+        if worker.session is not None:
+            return False
         if worker.state in (_IDLE, _CHECKING):
             self._retire(now, worker, BY_HAND)
             return True

@@ -120,4 +120,5 @@ def may_wait_behind(task: TaskRecord, head: TaskRecord) -> bool:
         and spec.key is None
         and spec.priority <= head.spec.priority
         and not head.is_isolated
+        and head.spec.line is None
     )

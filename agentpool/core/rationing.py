@@ -1,6 +1,6 @@
 """What tasks share by more than free workers: places of a group, and memory that is promised before it is used.
 
-The fifth of the six rooms of one state machine, see `crew`. A task with such a need stands in a line of its own (see
+The fifth of the seven rooms of one state machine, see `crew`. A task with such a need stands in a line of its own (see
 `lines`) and begins when its need is met; those who need nothing overtake it. Among those who wait for memory nobody is
 overtaken: a large need would never be met otherwise. Pure; one thread at a time.
 """
@@ -76,7 +76,7 @@ class Rationing(Operations):
         count, free = 0, self._free_bytes()
         for line in self.queue.lines.values():
             head = line.peek()
-            room = 0 if head is None else min(self._group_room(head), most - count)
+            room = 0 if head is None else min(self._line_room(head), most - count)
             for task in line:
                 if room <= 0:
                     break
@@ -87,6 +87,10 @@ class Rationing(Operations):
                 room -= 1
                 count += 1
         return count
+
+    def _line_room(self, head: TaskRecord) -> int:
+        """How many of this line could begin if they had workers and memory."""
+        return self._group_room(head)
 
     # -- groups --------------------------------------------------------------------------------------------------
 

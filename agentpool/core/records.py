@@ -13,8 +13,18 @@ from typing import Final
 from agentpool.core.retry import RetryPolicy
 from agentpool.core.timers import Timer
 from agentpool.core.transitions import TaskState, WorkerState
+from agentpool.errors import SessionLostError
 
-__all__ = ["HostState", "StopCause", "TaskRecord", "TaskSpec", "TreeState", "WorkerExit", "WorkerRecord"]
+__all__ = [
+    "HostState",
+    "SessionRecord",
+    "StopCause",
+    "TaskRecord",
+    "TaskSpec",
+    "TreeState",
+    "WorkerExit",
+    "WorkerRecord",
+]
 
 
 #: The line of tasks that reserve memory and are in no group.
@@ -47,14 +57,46 @@ class TaskSpec:
     #: of this group no more run at once than that
     group: str | None = None
     group_limit: int | None = None
+    #: its tasks run in one worker, in order, one at a time
+    session: SessionRecord | None = None
     #: where the task waits if it needs more than a free worker; None: it does not
     line: object = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.group is not None and self.group_limit is not None:
+        if self.session is not None:
+            object.__setattr__(self, "line", self.session)
+        elif self.group is not None and self.group_limit is not None:
             object.__setattr__(self, "line", self.group)
         elif self.expected_bytes is not None:
             object.__setattr__(self, "line", _FOR_MEMORY)
+
+
+class SessionRecord:
+    """One session, from its opening to its end. `idle_timeout` None: it may be idle for ever."""
+
+    __slots__ = ("current", "error", "id", "idle_timeout", "is_closed", "key", "timer", "unresolved", "used_at",
+                 "worker")
+
+    def __init__(self, session_id: int, key: str | None, idle_timeout: float | None) -> None:
+        self.id = session_id
+        self.key = key
+        self.idle_timeout = idle_timeout
+        #: its worker: from its first task that begins, to its end or loss
+        self.worker: WorkerRecord | None = None
+        #: the task that has its turn: from when it begins until it is resolved, what it waits between attempts included
+        self.current: TaskRecord | None = None
+        #: why it was lost
+        self.error: SessionLostError | None = None
+        #: nothing more is accepted
+        self.is_closed = False
+        #: accepted tasks that are not resolved
+        self.unresolved = 0
+        #: when a task was submitted last
+        self.used_at = 0.0
+        self.timer: Timer | None = None
+
+    def __repr__(self) -> str:
+        return f"<session {self.id} {self.key or ''} in {self.worker!r}, {self.unresolved} tasks>"
 
 
 class StopCause:
@@ -134,8 +176,8 @@ class WorkerRecord:
         "backlog", "backlog_timer", "baseline_bytes", "check_stage", "cpu_seconds", "growth_limit_bytes", "id",
         "idle_since", "is_leaving", "is_ordered", "is_over_hard_limit", "is_probe", "limit_bytes", "pid",
         "processes", "ration", "reason", "reserved_bytes", "retire_reason", "rss_bytes", "running",
-        "sample_interval", "sample_timer", "sampled_at", "samples", "soft_limit_bytes", "spawned_at", "state",
-        "state_timer", "task_limit", "tasks_done", "wants_check", "warm_bytes", "warm_kinds",
+        "sample_interval", "sample_timer", "sampled_at", "samples", "session", "soft_limit_bytes", "spawned_at",
+        "state", "state_timer", "task_limit", "tasks_done", "wants_check", "warm_bytes", "warm_kinds",
     )
 
     def __init__(self, worker_id: int, now: float) -> None:
@@ -175,6 +217,8 @@ class WorkerRecord:
         self.warm_bytes: int | None = None
         #: the options of the task at its head, where that is in a group or reserves memory
         self.ration: TaskSpec | None = None
+        #: it runs the tasks of this session only, and is retired with it; never reset
+        self.session: SessionRecord | None = None
         #: promised to that task, and not in the reading of the worker that went with the last one of the host
         self.reserved_bytes = 0
         #: RSS above which it is recycled after a task, as those two and the settings make it

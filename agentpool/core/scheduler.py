@@ -4,7 +4,7 @@ One method per event; each takes `now`, in seconds of any monotonic clock. `take
 in order; `next_deadline()` says when to call `tick`. It performs nothing, knows no thread and takes no lock: the
 caller lets one thread in at a time. Handlers of one event may append actions, never call back into the scheduler.
 
-This is the uppermost of its six rooms (see `crew`): the events of tasks and of the pool, and placing. The events of
+This is the uppermost of its seven rooms (see `crew`): the events of tasks and of the pool, and placing. The events of
 workers and of the machine are in `crew` and `upkeep`.
 """
 
@@ -23,8 +23,8 @@ from agentpool.core.placement import (
     fresh_worker,
     may_wait_behind,
 )
-from agentpool.core.rationing import Rationing
 from agentpool.core.records import StopCause, TaskRecord, WorkerRecord
+from agentpool.core.sessions import Sessions
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
 from agentpool.errors import PoolClosedError, QueueFullError
 
@@ -43,7 +43,7 @@ MEASURE_AFTER: Final = 0.05
 SUCCESSOR_LEAD: Final = 1.0
 
 
-class Scheduler(Rationing):
+class Scheduler(Sessions):
     """See the module. Public attributes are for reading only."""
 
     def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
@@ -84,6 +84,8 @@ class Scheduler(Rationing):
                 f"{limit} tasks are queued already (max_pending); wait for results, raise max_pending, or submit with "
                 "options(block=True) from a thread that may wait"
             )
+        if task.spec.session is not None:
+            self._join_session(now, task, task.spec.session)
         self.counters.submitted += 1
         self.unresolved += 1
         task.queued_at = now
@@ -246,6 +248,7 @@ class Scheduler(Rationing):
         """
         self.is_closing = True
         self._end_pause(now)  # what was accepted is finished
+        self._end_sessions(now)
         self._is_dirty = True
         self._note(now, "shutdown")
         if not cancel_futures:
@@ -280,6 +283,9 @@ class Scheduler(Rationing):
 
     def _place(self, now: float) -> None:
         self._is_dirty = False
+        while self._ending:
+            self._end_session(now, self._ending.pop())
+            self._is_dirty = False
         queue = self.queue
         if self.isolated:
             self._place_isolated(now)

@@ -1,6 +1,6 @@
 """The workers' upkeep: measuring them and the machine, stopping what passes a hard limit, recycling what grew.
 
-The second of the six rooms of one state machine, see `crew`. Pure; one thread at a time.
+The second of the seven rooms of one state machine, see `crew`. Pure; one thread at a time.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from agentpool.errors import (
     InternalError,
     PoolClosedError,
     QueueFullError,
+    SessionLostError,
     TaskKilledError,
 )
 from agentpool.io.channel import Channel
@@ -226,7 +227,7 @@ class Manager:
                 self._collect(now)
             try:
                 self.core.submit(now, task)
-            except QueueFullError:
+            except (QueueFullError, SessionLostError):
                 self._is_inside = False
                 raise
             except PoolClosedError as error:

@@ -123,6 +123,7 @@ def _worker_stats(worker: WorkerRecord, now: float) -> dict[str, Any]:
         "leaves_because": worker.reason or worker.retire_reason or "",
         "memory_limit_mb": None if worker.limit_bytes is None else round(worker.limit_bytes / MB, 1),
         "cpu_seconds": round(worker.cpu_seconds, 2),
+        "session": None if worker.session is None else worker.session.key or f"session {worker.session.id}",
         "agent_kinds": sorted(worker.warm_kinds),
     }
 

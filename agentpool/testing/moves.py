@@ -7,12 +7,14 @@ before, a move is possible or does nothing: so any part of a schedule is a sched
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Final
 
 from agentpool.config import MB, PoolSettings
-from agentpool.core.records import TaskRecord, TaskSpec
+from agentpool.core.records import SessionRecord, TaskRecord, TaskSpec
+from agentpool.core.retry import compile_policy
 from agentpool.core.transitions import TaskState
-from agentpool.errors import InitializerError, PoolClosedError, QueueFullError, TaskKilledError
+from agentpool.errors import InitializerError, PoolClosedError, QueueFullError, SessionLostError, TaskKilledError
 from agentpool.testing.fates import FATES, move_on
 from agentpool.testing.needs import rationed_specs
 from agentpool.testing.oracle import FakeFuture, Oracle, Violation
@@ -45,6 +47,9 @@ class Moves:
         self.blocked: list[tuple[FakeFuture, str | None]] = []
         #: nobody interferes any more
         self.is_ending = False
+        #: those that were opened last
+        self.sessions: dict[int, SessionRecord] = {}
+        self._session_ids = count(1)
         self._notified = 0
         self.pool.listeners.append(lambda old, new, reason: self.oracle.facts.add("breaker"))
 
@@ -113,12 +118,39 @@ class Moves:
         for _ in range(1 + (b & 3)):
             self._submit(FakeFuture(self.oracle, specs[a % len(specs)], fate), "f", block=bool(b & 32))
 
+    def do_session(self, a: int, b: int) -> None:
+        """Submit up to 3 tasks in one of three sessions, which is opened where it is not, and perhaps close it."""
+        session = self.sessions.get(a % 3)
+        if session is None or session.is_closed or session.error is not None:
+            timeout = (0.3, 5.0, None, 5.0)[b >> 2 & 3]
+            session = self.sessions[a % 3] = SessionRecord(next(self._session_ids), None, timeout)
+        fate = FATES[a // 3 % len(FATES)]
+        policy = compile_policy(3) if b & 64 else None
+        spec = TaskSpec(session=session, policy=policy, timeout=0.5 if b & 128 else None)
+        for _ in range(1 + (b & 1)):
+            self._submit(FakeFuture(self.oracle, spec, fate), "f", block=bool(b & 32))
+        if b & 16:
+            self._close_session(session)
+
+    def _close_session(self, session: SessionRecord) -> None:
+        if not self.pool.is_finished:
+            self.pool.order(lambda now: self.core.close_session(now, session))
+
+    def close_sessions(self) -> None:
+        """All are closed."""
+        for session in self.sessions.values():
+            self._close_session(session)
+
     def _submit(self, future: FakeFuture, key: str | None, *, block: bool) -> None:
         core = self.core
         try:
             task = self.pool.submit(future, future.spec, key, block=block)
+        except SessionLostError:
+            if future.spec.session is None or future.spec.session.error is None:
+                raise Violation("an_open_pool_accepts", "submit says that the session is lost") from None
         except PoolClosedError:
-            if not core.is_closing and not core.is_draining:
+            is_over = future.spec.session is not None and future.spec.session.is_closed
+            if not core.is_closing and not core.is_draining and not is_over:
                 raise Violation("an_open_pool_accepts", "submit says that the pool is closed") from None
         except QueueFullError:
             if core.settings.max_pending is None or len(core.queue) < core.settings.max_pending:

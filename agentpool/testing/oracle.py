@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from agentpool.core.records import TaskRecord, TaskSpec
+from agentpool.core.records import SessionRecord, TaskRecord, TaskSpec
 from agentpool.errors import (
     CircuitOpenError,
     InitializerError,
@@ -20,6 +20,7 @@ from agentpool.errors import (
     QuarantinedError,
     QueueTimeoutError,
     ResultPicklingError,
+    SessionLostError,
     TaskKilledError,
     TaskTimeoutError,
     TaskUnpicklingError,
@@ -119,6 +120,9 @@ class Oracle:
         self.futures: dict[int, FakeFuture] = {}
         #: accepted and not settled, in order
         self.open: dict[int, FakeFuture] = {}
+        #: session -> the process that ran its last task, and that task; process -> the session that has it
+        self.sessions: dict[int, tuple[int, int]] = {}
+        self.owners: dict[int, SessionRecord] = {}
         self.settlements = 0
         self.begins = 0
         #: how each settled task ended
@@ -156,8 +160,22 @@ class Oracle:
         running = sum(1 for other in self._world.machine.living() if other.current is not None)
         core = self._world.core
         self._judge_group(future.spec, task_id)
+        self._judge_session(process, future.spec.session, task_id)
         if running > core.concurrency + core.overhang:
             raise Violation("the_throttle_holds", f"{running} tasks really run at once", task_id)
+
+    def _judge_session(self, process: FakeProcess, session: SessionRecord | None, task_id: int) -> None:
+        owner = self.owners.get(process.pid)
+        if session is None:
+            if owner is not None:
+                raise Violation("a_session_has_its_worker_alone", f"it runs in {process} of {owner}", task_id)
+            return
+        before, last = self.sessions.get(session.id, (process.pid, task_id))
+        if process.pid != before or task_id < last:
+            raise Violation("a_session_runs_in_order_in_one_worker", f"task {task_id} of {session} runs in {process}, "
+                            f"task {last} ran in {before}", task_id)
+        self.owners[process.pid] = session
+        self.sessions[session.id] = (process.pid, task_id)
 
     def _judge_group(self, spec: TaskSpec, task_id: int) -> None:
         if spec.group is None or spec.group_limit is None:
@@ -263,6 +281,9 @@ class Oracle:
                 return None if future.deaths >= 3 else f"only {future.deaths} workers died of it"
             case WorkerKilledError() if "kill_worker" not in facts:
                 return "nobody killed a worker"
+            case SessionLostError():
+                is_lost = spec.session is not None and spec.session.error is not None
+                return None if is_lost else "its session is not lost"
             case WorkerCrashedError():
                 if not future.deaths and "corrupt" not in facts:
                     return "no worker died while it ran it"

@@ -123,6 +123,7 @@ _CHECKS: Final = (("submit", 14 * 15, 0), ("behave", 0, 0), ("behave", 0, 0), ("
 _PROBE: Final = (("submit", 0, 1), ("turn", 0, 0), ("turn", 0, 0), ("fork", 0, 15), ("fork", 0, 15), ("turn", 0, 0),
                  ("turn", 0, 0), ("advance", 6, 0), ("turn", 0, 0), ("turn", 0, 0), ("turn", 0, 0))
 _OPERATORS: Final = {"resize": 3, "pause": 2, "resume": 3, "drain": 1, "recycle": 3, "kill_worker": 2}
+_SESSIONS: Final = {"session": 8, "pause": 1, "resume": 1, "resize": 1, "kill_worker": 1, "recycle": 1}
 _RATIONS: Final = {"submit_rationed": 6, "host": 1}
 _FIRST: Final = (("submit", 0, 1),)
 _WARM: Final = (("submit", 0, 1), ("behave", 0, 0), ("behave", 0, 0))
@@ -147,9 +148,11 @@ PROFILES: Final = (
     Profile("checks", {"stop_all": 2, "freeze": 3, "die": 3, "turn": 8, "work": 3, "advance": 2, "submit": 3, "grow": 3,
                        "fork": 1, "obey": 1}, _CHECKS),
     Profile("all", {**_QUIET, **_DEATHS, **_MEMORY, **_CLOGS, **_BREAKER, **_USERS, **_OPERATORS,
-                    "submit_rationed": 3}, _WARM),
+                    "submit_rationed": 3, "session": 3}, _WARM),
     Profile("operators", {**_QUIET, **_OPERATORS, "die": 1, "cancel": 1, "race": 2, "advance": 1}, _WARM),
     Profile("rations", {**_QUIET, **_RATIONS, "die": 1, "cancel": 1, "kill": 1, "race": 1, "advance": 2, "grow": 2},
+            _WARM),
+    Profile("sessions", {**_QUIET, **_SESSIONS, "die": 1, "cancel": 2, "kill": 1, "race": 1, "advance": 3, "grow": 2},
             _WARM),
     Profile("operators ahead", {**_QUIET, **_OPERATORS, "toil": 4, "race": 2, "collide": 1}, _BATCH),
 )

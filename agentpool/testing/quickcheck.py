@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from agentpool.core.records import TaskRecord, WorkerRecord
+from agentpool.core.records import SessionRecord, TaskRecord, WorkerRecord
 from agentpool.core.scheduler import Scheduler
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
 
@@ -23,15 +23,15 @@ _NOT_LIVE: Final = (_RETIRING, _KILLED)
 #: The rules that `is_well` looks at.
 COVERED: Final = frozenset({
     "a_backlog_is_watched", "a_cause_is_set_exactly_while_stopping", "a_closed_pool_is_empty", "a_doomed_pool_ends",
-    "a_pool_runs_no_more_than_it_has_slots", "a_task_is_in_one_place", "a_worker_runs_no_more_than_its_limit",
-    "attempts_are_charged_when_begun", "groups_keep_their_limits", "idle_workers_are_in_order",
-    "limits_have_timers", "no_worker_is_idle_while_a_task_could_run", "nothing_is_lost",
-    "numbers_agree_with_workers", "one_probe_at_a_time", "places_agree_with_states",
+    "a_pool_runs_no_more_than_it_has_slots", "a_session_has_one_worker", "a_task_is_in_one_place",
+    "a_worker_runs_no_more_than_its_limit", "attempts_are_charged_when_begun", "groups_keep_their_limits",
+    "idle_workers_are_in_order", "limits_have_timers", "no_worker_is_idle_while_a_task_could_run",
+    "nothing_is_lost", "numbers_agree_with_workers", "one_probe_at_a_time", "places_agree_with_states",
     "queued_tasks_are_in_state_queued", "ready_workers_have_a_baseline", "running_is_set_exactly_while_busy",
-    "tasks_outside_workers_have_none", "the_bound_holds", "the_breaker_has_a_reason", "the_pool_keeps_its_size",
-    "the_queue_counts_its_tasks", "the_throttle_holds", "waiting_tasks_are_in_state_waiting_retry",
-    "what_a_worker_owes_is_bounded_in_time", "what_is_promised_is_accounted", "what_runs_alone_is_alone",
-    "workers_hold_tasks_in_their_states",
+    "sessions_count_their_tasks", "tasks_outside_workers_have_none", "the_bound_holds", "the_breaker_has_a_reason",
+    "the_pool_keeps_its_size", "the_queue_counts_its_tasks", "the_throttle_holds",
+    "waiting_tasks_are_in_state_waiting_retry", "what_a_worker_owes_is_bounded_in_time",
+    "what_is_promised_is_accounted", "what_runs_alone_is_alone", "workers_hold_tasks_in_their_states",
 })
 
 
@@ -48,7 +48,7 @@ def _pool_is_well(core: Scheduler) -> bool:
     if len(core.workers) > 2 * settings.max_workers + core.left_over:
         return False
     if core.live - core.leaving > settings.max_workers and not all(
-        worker.is_leaving or worker.retire_reason is not None or worker.state in _NOT_LIVE
+        worker.is_leaving or worker.retire_reason is not None or worker.state in _NOT_LIVE or worker.session is not None
         for worker in core.workers.values()
     ):
         return False
@@ -80,31 +80,31 @@ def _pool_is_well(core: Scheduler) -> bool:
     ):
         return False
     return not (
-        core.queue and core.idle and core.active < core.concurrency
+        core.queue and core.active < core.concurrency
         and not core._is_dirty and not core._hungry and not core._is_reserved() and _could_run(core)
     )
 
 
 def _could_run(core: Scheduler) -> bool:
     """Is there a queued task that needs no more than a free worker, or no more than a place in its group?"""
-    return bool(core.queue.plain_length) or any(
-        head.spec.expected_bytes is None and core._group_room(head) > 0 for head in core.queue.heads()
-    )
+    return bool(core.queue.plain_length and core.idle) or any(core._could_begin(head) for head in core.queue.heads())
 
 
 def _crew_is_well(core: Scheduler) -> bool:
     idle, checking = core.idle, core.checking
     has_doom, idle_timeout = core.doom is not None, core.settings.idle_timeout
     live = starting = active = idling = in_check = probes = rss = leaving = reserved = 0
-    has_rations = bool(core.groups)
+    has_rations, has_sessions = bool(core.groups), bool(core.sessions)
     for worker in core.workers.values():
         state, running, timer = worker.state, worker.running, worker.state_timer
         rss += worker.rss_bytes
         reserved += worker.reserved_bytes
+        has_sessions |= worker.session is not None
         if running is not None:
             active += 1
             if running.spec.line is not None:
                 has_rations = True
+                has_sessions |= running.spec.session is not None
                 if worker.ration is not running.spec or worker.reserved_bytes < 0:
                     return False
             elif worker.ration is not None or worker.reserved_bytes:
@@ -120,7 +120,8 @@ def _crew_is_well(core: Scheduler) -> bool:
         elif state is _IDLE:
             live += 1
             idling += 1
-            if worker.id not in idle or (idle_timeout and (timer is None or timer.handler is None)):
+            place = idle if worker.session is None else core.kept
+            if worker.id not in place or (idle_timeout and (timer is None or timer.handler is None)):
                 return False
         else:
             if timer is None or timer.handler is None:
@@ -147,11 +148,41 @@ def _crew_is_well(core: Scheduler) -> bool:
             return False
     if has_rations and not _rations_are_well(core):
         return False
+    if has_sessions and not _sessions_are_well(core):
+        return False
     return (
         live == core.live and reserved == core.reserved_bytes and starting == core.starting
         and active == core.active and rss == core.pool_bytes
-        and leaving == core.leaving and idling == len(idle) and in_check == len(checking)
+        and leaving == core.leaving and idling == len(idle) + len(core.kept) and in_check == len(checking)
         and probes <= 1 and bool(probes) is core.breaker.is_probing
+    )
+
+
+def _sessions_are_well(core: Scheduler) -> bool:
+    counts: dict[SessionRecord, int] = {}
+    for task in (*core.queue, *core.isolated, *core.waiting.values()):
+        session = task.spec.session
+        if session is not None:
+            if session.error is not None:
+                return False
+            counts[session] = counts.get(session, 0) + 1
+    for worker in core.workers.values():
+        session, running = worker.session, worker.running
+        if running is not None and running.spec.session is not session:
+            return False
+        if session is None:
+            continue
+        if running is not None:
+            counts[session] = counts.get(session, 0) + 1
+            if session.current is not running:
+                return False
+        if worker.state in (_IDLE, _BUSY, _CHECKING) and session.worker is not worker:
+            return False
+    return all(
+        session.unresolved == counts.get(session, 0) and core.sessions.get(session.id) is session
+        and (session.unresolved or session.worker is not None)
+        and (session.current is None or session.current.state is not _RESOLVED)
+        for session in {*core.sessions.values(), *counts}
     )
 
 

@@ -32,8 +32,8 @@ S = TypeVar("S", bound=IntEnum)
 
 #: What a manager may tell a scheduler.
 EVENTS: Final = (
-    "agent_set_up", "cancel", "drain", "force_open", "host_sampled", "initializer_failed", "kill_task",
-    "kill_worker", "pause", "recycle", "reset_breaker", "resize", "resume", "shutdown", "start",
+    "agent_set_up", "cancel", "close_session", "drain", "force_open", "host_sampled", "initializer_failed",
+    "kill_task", "kill_worker", "pause", "recycle", "reset_breaker", "resize", "resume", "shutdown", "start",
     "stop_acknowledged", "stop_all", "submit", "task_finished", "task_given_back", "task_skipped", "tick",
     "worker_collected", "worker_exited", "worker_ready", "worker_sampled", "worker_spawned",
 )

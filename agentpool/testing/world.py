@@ -178,3 +178,4 @@ class World(Moves):
             process.rss_bytes = FRESH_BYTES
             process.tools.clear()
         self.stage.countdown = 0
+        self.close_sessions()

@@ -33,6 +33,7 @@ FLOORS = {
     "agentpool.pool": 4,
     "agentpool.agents": 3,
     "agentpool.submitting": 4,
+    "agentpool.sessions": 4,
     "agentpool.operating": 4,
     "agentpool.futures": 4,
     "agentpool.streams": 4,

@@ -20,7 +20,7 @@ from agentpool.core.invariants import check
 from agentpool.core.records import HostState, TaskRecord, TaskSpec, TreeState, WorkerExit, WorkerRecord
 from agentpool.core.scheduler import Scheduler
 from agentpool.core.transitions import BreakerState, TaskState
-from agentpool.errors import PoolClosedError, QueueFullError, TaskKilledError
+from agentpool.errors import PoolClosedError, QueueFullError, SessionLostError, TaskKilledError
 
 TOTAL = 10_000 * MB
 
@@ -90,6 +90,8 @@ class World:
         actions = self.core.take_actions(self.now)
         check(self.core)
         assert self.core.take_actions(self.now) == [], "the second time there was still something to do"
+        if any(isinstance(action, act.RoomFreed) for action in actions):
+            self.is_somebody_waiting = False  # at once: what other actions lead to is looked at before its turn
         for action in actions:
             self._perform(action)
         check(self.core)
@@ -131,7 +133,7 @@ class World:
             case act.SampleHost():
                 self.is_host_wanted = True
             case act.RoomFreed():
-                self.is_somebody_waiting = False
+                pass
             case act.Close():
                 self.closes += 1
             case act.Warn(message):
@@ -170,8 +172,12 @@ class World:
         task = TaskRecord(next(self._numbers), spec, None, call_key)
         try:
             self.core.submit(self.now, task)
+        except SessionLostError:
+            assert spec.session is not None
+            assert spec.session.error is not None
         except PoolClosedError:
-            assert self.core.is_closing or self.core.is_draining
+            is_over = spec.session is not None and spec.session.is_closed
+            assert self.core.is_closing or self.core.is_draining or is_over
         except QueueFullError:
             self.is_somebody_waiting = True
         except ValueError:
@@ -370,6 +376,8 @@ class World:
         self.is_lazy = False
         self.settle_down()
         core = self.core
+        for session in list(core.sessions.values()):
+            self.operate(core.close_session, session)
         self._be_kind_until(lambda: not core.unresolved, patience)
         if not core.is_closing and core.broken is None:
             self._be_kind_until(lambda: core.live >= core.settings.min_workers, patience)
@@ -392,7 +400,8 @@ class World:
 
     def be_modest(self) -> None:
         """The other pools give back what they have."""
-        if self.others_slots or self.other_waits or self.others_bytes:
+        is_unheard = self._host().share.ticket is not None  # `others_change` may have given back without a word
+        if self.others_slots or self.other_waits or self.others_bytes or is_unheard:
             self.others_slots.clear()
             self.other_waits, self.others_bytes = False, 0
             self.ring()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from agentpool.config import MB, BreakerSettings, HostBudget, PoolSettings
-from agentpool.core.records import TaskSpec
+from agentpool.core.records import SessionRecord, TaskSpec
 from agentpool.core.retry import Escalate, RetryPolicy
 from agentpool.errors import MemoryLimitError, TaskTimeoutError
 
@@ -87,6 +87,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(settings=settings_made, seed=st.integers(0, 9), is_warm=st.booleans())
     def begin(self, settings: PoolSettings, seed: int, is_warm: bool) -> None:
         self.world = World(settings, seed)
+        self.sessions: dict[int, SessionRecord] = {}
+        self.opened = 0
         self.world.core.start(0.0)
         self.world.settle_down()
         if is_warm:
@@ -147,6 +149,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(how=st.sampled_from(["pause", "resume", "resume", "drain"]))
     def hold(self, how: str) -> None:
         self.world.operate(getattr(self.world.core, how))
+
+    @rule(number=st.integers(0, 1), count=st.integers(1, 2), policy=st.sampled_from(POLICIES), is_last=st.booleans(),
+          idle_timeout=st.sampled_from([None, 0.3, 5.0]))
+    def use_a_session(self, number: int, count: int, policy: RetryPolicy | None, is_last: bool,
+                      idle_timeout: float | None) -> None:
+        session = self.sessions.get(number)
+        if session is None or session.is_closed or session.error is not None:
+            self.opened += 1
+            session = self.sessions[number] = SessionRecord(self.opened, None, idle_timeout)
+        for _ in range(count):
+            self.world.submit(TaskSpec(session=session, policy=policy), "f")
+        if is_last:
+            self.world.operate(self.world.core.close_session, session)
 
     @precondition(lambda self: self.world.core.workers)
     @rule(data=st.data(), how=st.sampled_from(["recycle", "kill", "recycle all"]))

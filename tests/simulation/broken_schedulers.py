@@ -206,6 +206,36 @@ class RepeatsAStart(Scheduler):
         self._actions.append(Spawn(next(reversed(self.workers.values()))))
 
 
+class RunsTooManyOfAGroup(Scheduler):
+    """`group_limit` is compared by <=."""
+
+    def _group_room(self, task: TaskRecord) -> int:
+        return super()._group_room(task) + 1
+
+
+class StrandsASession(Scheduler):
+    """The death of a session's worker is not told to the session."""
+
+    def _session_killed(self, now: float, worker: WorkerRecord, session: Any, exit_: WorkerExit) -> None:
+        return
+
+
+class LendsASessionsWorker(Scheduler):
+    """A worker that a session has is among the idle ones again after its first task."""
+
+    def _now_idle(self, now: float, worker: WorkerRecord) -> None:
+        worker.session = None
+        super()._now_idle(now, worker)
+
+
+class GoesOnWhilePaused(Scheduler):
+    """A pause is noted, and changes nothing."""
+
+    def _set_concurrency(self) -> None:
+        self.concurrency = self.settings.concurrency
+        self.overhang = max(0, self.active - self.concurrency)
+
+
 #: Each with the number of schedules within which it must be found.
 BROKEN: dict[type[Scheduler], int] = {
     ResolvesTwice: 100,
@@ -230,4 +260,8 @@ BROKEN: dict[type[Scheduler], int] = {
     DropsErrors: 300,
     BlamesTheWrongOne: 300,
     RepeatsAStart: 100,
+    RunsTooManyOfAGroup: 6000,
+    StrandsASession: 1000,
+    LendsASessionsWorker: 1000,
+    GoesOnWhilePaused: 1000,
 }

@@ -12,10 +12,10 @@ from agentpool.config import HostBudget
 from agentpool.core import invariants
 from agentpool.core.budget import Share
 from agentpool.core.invariants import RULES, check
-from agentpool.core.records import StopCause, TaskSpec
+from agentpool.core.records import SessionRecord, StopCause, TaskSpec
 from agentpool.core.retry import RetryPolicy
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
-from agentpool.errors import InternalError
+from agentpool.errors import InternalError, SessionLostError
 
 
 def scene(make_bench) -> Any:
@@ -130,6 +130,28 @@ def _too_many_of_a_group(bench: Any) -> None:
     bench.core.groups["g"] = 1
 
 
+def _in_a_strange_worker(bench: Any) -> None:
+    bench.running.spec = bench.busy.ration = TaskSpec(session=SessionRecord(1, None, None), timeout=5.0)
+
+
+def _out_of_turn(bench: Any) -> None:
+    session = bench.busy.session = SessionRecord(1, None, None)
+    session.worker, session.unresolved, bench.core.sessions[1] = bench.busy, 1, session
+    bench.running.spec = bench.busy.ration = TaskSpec(session=session, timeout=5.0)
+
+
+def _uncounted_in_its_session(bench: Any) -> None:
+    session = SessionRecord(1, None, None)
+    session.unresolved, session.current, bench.core.sessions[1] = 2, None, session
+    bench.waiting.spec = TaskSpec(session=session)
+
+
+def _waits_in_a_lost_session(bench: Any) -> None:
+    _uncounted_in_its_session(bench)
+    session = bench.waiting.spec.session
+    session.unresolved, session.error = 1, SessionLostError("lost")
+
+
 BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("nothing_is_lost", _hide_task),
     ("nothing_is_lost", lambda bench: setattr(bench.core.counters, "submitted", 9)),
@@ -160,6 +182,12 @@ BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("what_is_promised_is_accounted", _set(idle__reserved_bytes=1)),
     ("what_is_promised_is_accounted", _set(core__reserved_bytes=1)),
     ("what_is_promised_is_accounted", lambda bench: setattr(bench.busy, "ration", bench.running.spec)),
+    ("a_session_has_one_worker", _in_a_strange_worker),
+    ("a_session_has_one_worker", lambda bench: setattr(bench.idle, "session", SessionRecord(1, None, None))),
+    ("a_session_has_one_worker", _out_of_turn),
+    ("sessions_count_their_tasks", lambda bench: bench.core.sessions.update({1: SessionRecord(1, None, None)})),
+    ("sessions_count_their_tasks", _uncounted_in_its_session),
+    ("sessions_count_their_tasks", _waits_in_a_lost_session),
     ("the_bound_holds", _many_pending),
     ("numbers_agree_with_workers", _set(core__pool_bytes=1)),
     ("places_agree_with_states", lambda bench: bench.core.idle.clear()),

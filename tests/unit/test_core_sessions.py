@@ -1,0 +1,278 @@
+"""Sessions: one worker, in order, one at a time; how they end and how they are lost."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import tenacity
+
+from agentpool.config import MB
+from agentpool.core import actions as act
+from agentpool.core.records import SessionRecord
+from agentpool.core.retry import RetryPolicy, compile_policy
+from agentpool.core.transitions import TaskState, WorkerState
+from agentpool.errors import (
+    PoolClosedError,
+    SessionLostError,
+    TaskKilledError,
+    TaskTimeoutError,
+    WorkerCrashedError,
+)
+
+
+def opened(number: int = 1, key: str | None = None, idle_timeout: float | None = None) -> SessionRecord:
+    return SessionRecord(number, key, idle_timeout)
+
+
+def error_of(bench, task) -> BaseException:
+    is_value, payload = bench.outcomes[task.id]
+    assert not is_value
+    return payload
+
+
+def pinned(make_bench, *, idle_timeout: float | None = None, **settings):
+    """A bench with a session whose worker is idle."""
+    bench = make_bench(**({"max_workers": 2, "max_concurrent": 2} | settings))
+    session = opened(key="k", idle_timeout=idle_timeout)
+    task, worker = bench.started(session=session)
+    bench.finish(task)
+    assert worker.state is WorkerState.IDLE
+    return bench, session, worker
+
+
+class TestOrder:
+    def test_one_at_a_time_in_order_in_one_worker(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        tasks = [bench.submit("f", session=session) for _ in range(3)]
+        for number, task in enumerate(tasks):
+            assert [other.state is TaskState.RUNNING for other in tasks].index(True) == number
+            assert task.worker is worker
+            bench.finish(task)
+
+    def test_nobody_else_gets_the_worker(self, make_bench) -> None:
+        bench, _, worker = pinned(make_bench, max_workers=1, max_concurrent=1)
+        other = bench.submit()
+        assert other.state is TaskState.QUEUED
+        assert (bench.core.idle, list(bench.core.kept.values())) == ({}, [worker])
+
+    def test_more_sessions_than_workers_wait_in_the_queue(self, make_bench) -> None:
+        bench, first, worker = pinned(make_bench, max_workers=1, max_concurrent=1)
+        waiting = bench.submit(session=opened(2))
+        bench.do(bench.core.close_session, first)
+        bench.exit(worker, 0)
+        (fresh,) = bench.spawned()
+        bench.ready(fresh)
+        assert waiting.worker is fresh
+
+    def test_each_session_has_a_worker_of_its_own(self, make_bench) -> None:
+        bench = make_bench(max_workers=3, max_concurrent=3)
+        tasks = [bench.submit(session=opened(number)) for number in (1, 2, 3)]
+        for worker in bench.spawned():
+            bench.ready(worker)
+        assert len({task.worker.id for task in tasks}) == 3
+
+    def test_a_task_that_is_tried_again_keeps_its_turn(self, make_bench) -> None:
+        bench, session, _ = pinned(make_bench)
+        again = RetryPolicy(wait=tenacity.wait_fixed(2), retry=tenacity.retry_if_exception_type(OSError))
+        first, second = bench.submit(session=session, policy=again), bench.submit(session=session)
+        bench.fail(first, OSError())
+        assert (first.state, second.state) == (TaskState.WAITING_RETRY, TaskState.QUEUED)
+        bench.advance(2.0)
+        assert (first.state, second.state) == (TaskState.RUNNING, TaskState.QUEUED)
+        bench.finish(first)
+        assert second.state is TaskState.RUNNING
+
+    def test_plain_calls_are_not_sent_ahead_into_it(self, make_bench) -> None:
+        bench = make_bench(max_workers=1)
+        session = opened()
+        for _ in range(8):
+            bench.finish(bench.started(call_key="f", session=session)[0])
+        head = bench.submit("f", session=session)
+        bench.submit("f", session=session)
+        plain = [bench.submit("f") for _ in range(4)]
+        bench.finish(head)
+        assert [task.state for task in plain] == [TaskState.QUEUED] * 4
+
+    def test_a_group_counts_its_tasks_too(self, make_bench) -> None:
+        bench, session, _ = pinned(make_bench)
+        bench.started(group="g", group_limit=1)
+        waiting = bench.submit(session=session, group="g", group_limit=1)
+        assert waiting.state is TaskState.QUEUED
+
+
+class TestTheEnd:
+    def test_closing_retires_the_worker(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        bench.do(bench.core.close_session, session)
+        bench.do(bench.core.close_session, session)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session closed")]
+        assert bench.core.sessions == {}
+        with pytest.raises(PoolClosedError, match="after the session was closed"):
+            bench.submit(session=session)
+        assert session.error is None
+
+    def test_what_was_accepted_is_finished_first(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        tasks = [bench.submit(session=session) for _ in range(2)]
+        bench.do(bench.core.close_session, session)
+        for task in tasks:
+            assert task.state is TaskState.RUNNING
+            bench.finish(task)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session closed")]
+
+    def test_one_that_never_began_needs_no_worker(self, make_bench) -> None:
+        bench = make_bench()
+        session = opened()
+        task = bench.submit(session=session)
+        bench.do(bench.core.close_session, session)
+        assert bench.do(bench.core.cancel, task)
+        assert bench.core.sessions == {}
+
+    def test_the_last_task_is_cancelled(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        bench.do(bench.core.pause)
+        task = bench.submit(session=session)
+        bench.do(bench.core.close_session, session)
+        assert bench.do(bench.core.cancel, task)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session closed")]
+
+    def test_a_shutdown_ends_those_that_are_idle_so_that_others_can_begin(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench, max_workers=1, max_concurrent=1)
+        waiting = bench.submit(session=opened(2))
+        bench.do(bench.core.shutdown, cancel_futures=False)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session closed")]
+        bench.exit(worker, 0)
+        bench.ready(bench.spawned()[0])
+        bench.finish(waiting)
+        assert session.error is None
+
+
+class TestLost:
+    def test_the_worker_crashes_under_a_task(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        running, waiting = (bench.submit(session=session, policy=compile_policy(3)) for _ in range(2))
+        bench.exit(worker, -11)
+        for task in (running, waiting):
+            error = error_of(bench, task)
+            assert type(error) is SessionLostError
+            assert (error.key, error.reason, error.exit_code) == ("k", "crashed", -11)
+            assert "session 1 (k) is lost: its worker (pid" in str(error)
+            assert "was killed by SIGSEGV" in str(error)
+        assert error_of(bench, running) is not error_of(bench, waiting)
+        assert isinstance(error_of(bench, running).__cause__, WorkerCrashedError)
+        assert waiting.attempts == 0
+        with pytest.raises(SessionLostError, match="open a new one"):
+            bench.submit(session=session)
+        assert bench.core.sessions == {}
+
+    def test_the_error_survives_pickling(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        bench.exit(worker, 3)
+        error = pickle.loads(pickle.dumps(session.error))
+        assert (str(error), error.exit_code, error.reason) == (str(session.error), 3, "crashed")
+
+    def test_before_its_task_began(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        task = bench.submit(session=session)
+        bench.exit(worker, began=False)
+        assert isinstance(error_of(bench, task), SessionLostError)
+        assert task.attempts == 0
+
+    def test_it_is_killed_by_hand(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        task = bench.submit(session=session)
+        bench.do(bench.core.kill_worker, worker.id, "it looks hung")
+        bench.exit(worker)
+        assert error_of(bench, task).reason == "killed"
+        assert "was stopped (it looks hung)" in str(error_of(bench, task))
+
+    def test_it_is_recycled_for_its_memory(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        first = bench.submit(session=session)
+        bench.finish(first, seconds=1.0)
+        waiting = bench.submit(session=session)
+        bench.sample(worker, 150)
+        bench.do(bench.core.worker_collected, worker)
+        bench.sample(worker, 150)
+        error = error_of(bench, waiting)
+        assert error.reason == "memory"
+        assert "over its memory limit after a task; allow it more with options(memory_limit_mb=...)" in str(error)
+
+    def test_nobody_uses_it_for_too_long(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench, idle_timeout=10.0)
+        bench.advance(8.0)
+        bench.finish(bench.submit(session=session))
+        bench.advance(8.0)
+        assert session.error is None, "it was used"
+        bench.advance(2.0)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session idle")]
+        assert session.error.reason == "idle"
+        assert "it was not used for longer than its idle_timeout of 10 s" in str(session.error)
+
+    def test_tasks_that_wait_for_a_pause_keep_it(self, make_bench) -> None:
+        bench, session, _ = pinned(make_bench, idle_timeout=10.0)
+        bench.do(bench.core.pause)
+        task = bench.submit(session=session)
+        bench.advance(100.0)
+        assert session.error is None
+        bench.do(bench.core.resume)
+        assert task.state is TaskState.RUNNING
+
+    def test_a_task_of_it_passes_its_timeout(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        late, waiting = bench.submit(session=session, timeout=1.0), bench.submit(session=session)
+        bench.advance(1.0)
+        bench.do(bench.core.stop_acknowledged, worker, late)
+        bench.fail(late, KeyboardInterrupt())
+        assert isinstance(error_of(bench, late), TaskTimeoutError)
+        assert error_of(bench, waiting).reason == "stopped"
+
+    def test_a_task_of_it_waits_to_be_tried_again(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        again = RetryPolicy(wait=tenacity.wait_fixed(2), retry=tenacity.retry_if_exception_type(OSError))
+        task = bench.submit(session=session, policy=again)
+        bench.fail(task, OSError())
+        bench.exit(worker)
+        assert isinstance(error_of(bench, task), SessionLostError)
+
+    def test_a_killed_task_has_its_own_error(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        task = bench.submit(session=session)
+        bench.do(bench.core.kill_task, task, TaskKilledError("by hand"))
+        bench.advance(5.0)
+        bench.exit(worker)
+        assert isinstance(error_of(bench, task), TaskKilledError)
+        assert session.error.reason == "stopped"
+
+
+class TestItsWorkerStays:
+    def test_whatever_recycles_others(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench, idle_timeout=None, max_tasks_per_child=2)
+        for _ in range(5):
+            bench.finish(bench.submit(session=session))
+        assert bench.do(bench.core.recycle, None) == 0
+        assert bench.do(bench.core.recycle, worker.id) == 0
+        bench.advance(1000.0)
+        assert bench.asked(act.Retire) == []
+        assert bench.submit(session=session).worker is worker
+
+    def test_a_pool_that_shrinks(self, make_bench) -> None:
+        bench = make_bench(max_workers=2, max_concurrent=2)
+        sessions = [opened(1), opened(2)]
+        tasks = [bench.submit(session=session) for session in sessions]
+        for worker in bench.spawned():
+            bench.ready(worker)
+        bench.do(bench.core.resize, 1, None)
+        for task in tasks:
+            bench.finish(task)
+        assert bench.asked(act.Retire) == []
+        bench.do(bench.core.close_session, sessions[0])
+        assert [retired.reason for retired in bench.asked(act.Retire)] == ["session closed"]
+
+    def test_its_memory_may_grow_to_its_limit(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        task = bench.submit(session=session, soft_limit_bytes=500 * MB)
+        bench.finish(task, seconds=1.0)
+        bench.sample(worker, 190)
+        assert session.error is None
