@@ -133,7 +133,7 @@ class Submitting(Executor):
         options = self._options
         if kind is not None:
             options = options.updated({what: value for what, value in kind.options.items() if what not in self._given})
-        spec = replace(spec_of(options), kind=name, name=options.name or name)
+        spec = replace(spec_of(options), kind=name, name=options.name or name, session=self._spec.session)
         if options.retry is None and self._manager.core.settings.retry is None and "retry" not in self._given:
             is_idempotent = getattr(cls, "idempotent", False) if kind is None else kind.is_idempotent
             if getattr(cls, "retries_transient_errors", False):
