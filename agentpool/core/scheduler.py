@@ -400,8 +400,8 @@ class Scheduler(Sessions):
 
     def _consider_leaving(self, worker: WorkerRecord, task: TaskRecord) -> None:
         """Whoever has its last tasks already has its successor started now, so that nobody waits for it."""
-        if worker.is_leaving or worker.task_limit is None:
-            return
+        if worker.is_leaving or worker.task_limit is None or worker.state is not _BUSY:
+            return  # one that is being killed takes up no place, and ends results that were on their way
         left = worker.task_limit - worker.tasks_done
         seconds = self._durations.expected(task.call_key, left)
         if left <= 1 + len(worker.backlog) and seconds is not None and seconds <= SUCCESSOR_LEAD:
@@ -416,7 +416,7 @@ class Scheduler(Sessions):
             return  # they wait for a worker to run dry, or for an end of everything else
         for worker in hungry:
             head = worker.running
-            if head is not None and worker.retire_reason is None and not worker.wants_check:
+            if head is not None and worker.state is _BUSY and worker.retire_reason is None and not worker.wants_check:
                 self._send_ahead(worker, head)
 
     def _send_ahead(self, worker: WorkerRecord, head: TaskRecord) -> None:

@@ -45,6 +45,8 @@ class Moves:
         self.machine = stage.machine
         #: users' threads that wait for room, as (future, call key)
         self.blocked: list[tuple[FakeFuture, str | None]] = []
+        #: users ordered a drain, and no end of it yet
+        self.is_drained = False
         #: nobody interferes any more
         self.is_ending = False
         #: those that were opened last
@@ -161,6 +163,8 @@ class Moves:
         except Blocked:
             self.blocked.append((future, key))
         else:
+            if self.is_drained:
+                raise Violation("a_drained_pool_accepts_nothing", f"{task!r} was accepted", task.id)
             self.oracle.accepted(future, task)
 
     def retry_blocked(self) -> None:
@@ -268,12 +272,14 @@ class Moves:
     def do_resume(self, a: int, b: int) -> None:
         """A pause or a drain is over."""
         if not self.core.is_closing:
+            self.is_drained = False
             self.pool.resume()
 
     def do_drain(self, a: int, b: int) -> None:
         """Nothing is accepted for a while."""
         self.oracle.facts.add("closed")
         self.pool.drain()
+        self.is_drained = True
 
     def do_recycle(self, a: int, b: int) -> None:
         """One worker is to be replaced, or all."""

@@ -160,7 +160,7 @@ class World(Moves):
         if core.breaker.state is BreakerState.FORCED_OPEN and not core.is_closing:
             pool.reset_breaker()
         elif core.is_paused:
-            pool.resume()
+            self.do_resume(0, 0)
         elif not self.oracle.open and not core.is_closing:
             if self.blocked:
                 raise Violation("room_is_announced", f"{len(self.blocked)} wait for room, and there is nothing queued")

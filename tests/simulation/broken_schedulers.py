@@ -236,6 +236,37 @@ class GoesOnWhilePaused(Scheduler):
         self.overhang = max(0, self.active - self.concurrency)
 
 
+class NeverResumes(Scheduler):
+    """After a pause as many may run as while it lasted."""
+
+    def _end_pause(self, now: float) -> None:
+        self.is_paused = False
+
+
+class AcceptsWhileDraining(Scheduler):
+    """A drain waits for those who are in, and lets others in."""
+
+    def drain(self, now: float) -> None:
+        super().drain(now)
+        self.is_draining = False
+
+
+class KeepsTheSurplus(Scheduler):
+    """`resize` changes the number, and sends nobody home."""
+
+    def _shed(self, now: float, surplus: int) -> None:
+        return
+
+
+class KillsNobodyByHand(Scheduler):
+    """An order to kill a worker is noted, and not given."""
+
+    def _order_kill(self, now: float, worker: WorkerRecord, reason: str) -> None:
+        worker.is_ordered = True
+
+
+
+
 #: Each with the number of schedules within which it must be found.
 BROKEN: dict[type[Scheduler], int] = {
     ResolvesTwice: 100,
@@ -264,4 +295,8 @@ BROKEN: dict[type[Scheduler], int] = {
     StrandsASession: 1000,
     LendsASessionsWorker: 1000,
     GoesOnWhilePaused: 1000,
+    NeverResumes: 300,
+    AcceptsWhileDraining: 1000,
+    KeepsTheSurplus: 3000,
+    KillsNobodyByHand: 5000,
 }

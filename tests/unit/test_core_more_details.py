@@ -102,6 +102,35 @@ class TestSpared:
             assert all(bench.submit().state is TaskState.RUNNING for _ in others)
 
 
+class TestKilledByHand:
+    """Found by the simulator: results that a worker had sent before it was killed still come."""
+
+    def sent_ahead(self, make_bench):
+        bench = make_bench(max_workers=1, max_tasks_per_child=12)
+        _, worker = bench.started(call_key="f")
+        worker.task_limit = 12
+        for _ in range(20):
+            bench.submit(call_key="f")
+        while len(worker.backlog) < 3:
+            bench.finish(worker.running, seconds=0.0001)
+        bench.do(bench.core.kill_worker, worker.id, "by hand")
+        return bench, worker
+
+    def test_it_gets_no_successor_beside_the_one_that_replaces_it(self, make_bench) -> None:
+        bench, worker = self.sent_ahead(make_bench)
+        while worker.running is not None:
+            bench.finish(worker.running, seconds=0.0001)
+            assert not worker.is_leaving
+        assert bench.core.leaving == 0
+        assert len(bench.spawned()) == 1
+
+    def test_nothing_more_is_sent_to_it(self, make_bench) -> None:
+        bench, worker = self.sent_ahead(make_bench)
+        sent = len(bench.sent)
+        bench.finish(worker.running, seconds=0.0001)
+        assert len(bench.sent) == sent
+
+
 class TestWords:
     def test_what_was_ordered_is_in_the_story(self, make_bench) -> None:
         bench = make_bench(max_workers=4)
