@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 WANTED_PERCENT: Final = 90.0
-STATES: Final = ("killed", "timeout", "survived")
+STATES: Final = ("killed", "timeout", "survived", "unchecked")
 #: Exit codes that mutmut notes.
 _KILLED: Final = (1, 3)
 _SURVIVED: Final = 0
@@ -98,7 +98,8 @@ def percent(mutants: Sequence[Mutant]) -> float:
 
 def table(mutants: Sequence[Mutant]) -> str:
     """A row for each module."""
-    lines = ["| module | mutants | killed | ran too long | survived | killed, % |", "|---|---:|---:|---:|---:|---:|"]
+    lines = ["| module | mutants | killed | ran too long | survived | not tried | killed, % |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
     modules = sorted({mutant.function.partition(".")[0] for mutant in mutants})
     for name in [*modules, "all"]:
         part = [mutant for mutant in mutants if name in ("all", mutant.function.partition(".")[0])]

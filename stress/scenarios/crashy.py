@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from agentpool.config import BreakerSettings
 from stress import work
 from stress.ledger import VALUE
 from stress.scenarios import Scenario
@@ -39,5 +40,7 @@ def play(run: Run) -> None:
         run.calm(200)
 
 
+# A worker that dies between two tasks counts against the breaker, and rightly; the others are not to wait long for it.
 SCENARIO = Scenario(name="crashy", title="5 % of the tasks die by random means", play=play, tasks=10_000, brief=1500,
-                    worker_peak_mb=100, patience=15.0)
+                    settings={"breaker": BreakerSettings(open_seconds=1, max_open_seconds=5)}, worker_peak_mb=100,
+                    patience=15.0)

@@ -75,7 +75,7 @@ def test_a_mutant_is_named_by_function_and_change_which_outlive_a_renumbering(ma
 def test_the_table_counts_what_was_checked(make_results) -> None:
     found = mutants.read(make_results(0, 36, None))
     assert mutants.table(found).splitlines()[2:] == [
-        "| home | 3 | 0 | 1 | 1 | 50.0 |", "| all | 3 | 0 | 1 | 1 | 50.0 |"]
+        "| home | 3 | 0 | 1 | 1 | 1 | 50.0 |", "| all | 3 | 0 | 1 | 1 | 1 | 50.0 |"]
 
 
 def test_it_fails_below_90_percent_and_names_who_is_not_explained(make_results, capsys) -> None:
