@@ -191,7 +191,9 @@ def test_in_a_terminal_it_leaves_everything_as_it_was(pool: AgentPool, tmp_path:
     mine, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     before = termios.tcgetattr(theirs)
-    environment = {**os.environ, "TERM": "xterm-256color", "AGENTPOOL_CONTROL_DIR": str(tmp_path / "sockets")}
+    # An outer run may have set another size in COLUMNS, in which the last column is not seen.
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "24",
+                   "AGENTPOOL_CONTROL_DIR": str(tmp_path / "sockets")}
     shown = b""
     with subprocess.Popen([sys.executable, "-m", "agentpool", "top"], stdin=theirs, stdout=theirs, stderr=theirs,
                           env=environment, start_new_session=True) as program, ended(program):
