@@ -34,6 +34,13 @@ __all__ = ["Arena", "Held"]
 _MOST_REMAINS: Final = 64
 
 
+def _file_in_memory() -> int:
+    try:
+        return os.memfd_create("agentpool-arena", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else -1
+    except OSError:  # no descriptor is to be had
+        return -1
+
+
 class _Block:
     """A block for calls. `loans`: channels that it went to, with their numbers for it."""
 
@@ -85,7 +92,8 @@ class Arena:
 
     def __init__(self, most_blocks: int) -> None:
         """`most_blocks`: so many calls lie in it at once; the others travel through pipes."""
-        self.descriptor = os.memfd_create("agentpool-arena", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else -1
+        #: -1: there is none, and everything travels through pipes
+        self.descriptor = _file_in_memory()
         self._most_blocks = min(most_blocks, CALL_BLOCKS)
         self._blocks: list[_Block] = []
         #: guards the choice of a block

@@ -147,6 +147,7 @@ class Manager:
         try:
             return Clerk(self.core, self.name, self._reactor, self._feed, self._reception.tell_later)
         except BaseException:  # a directory that cannot be used
+            self._staff.close()
             self._reactor.close()
             raise
 
