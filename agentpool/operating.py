@@ -66,7 +66,8 @@ class Operating:
         """Kill one worker and all processes below it, now. The pool goes on, and replaces it where work waits.
 
         Its task fails with WorkerKilledError, which names `reason`; where its retry policy allows a lost worker it runs
-        again, and so does one whose code the worker had not begun yet: `future.kill()` stops a task for good. False: that worker is gone already. Raises UnknownWorkerError for an id that no worker ever had.
+        again, and so does one whose code the worker had not begun yet: `future.kill()` stops a task for good. False:
+        that worker is gone already. Raises UnknownWorkerError for an id that no worker ever had.
         """
         core = self._manager.core
         words = f"pool.kill_worker({worker_id})" + (f": {reason}" if reason else "")
