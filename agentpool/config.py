@@ -40,6 +40,9 @@ MOST_SLOTS: Final = 4096
 #: No setting is larger: 30,000 years, or more memory than any machine has.
 _LARGEST: Final = 1e12
 
+#: Names of levels, as the standard `logging` has them.
+LEVELS: Final = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+
 CpuPolicy = Literal["report", "throttle"]
 StartMethod = Literal["fork", "spawn"]
 MemoryMetric = Literal["rss", "pss", "uss"]
@@ -394,6 +397,8 @@ class TaskOptionsDict(TypedDict, total=False):
     expected_memory_mb: float | None
     group: str | None
     group_limit: int | None
+    capture_output: bool
+    capture_logging: int | str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,6 +419,10 @@ class TaskOptions:
     expected_memory_mb: what the worker's process tree is expected to use while it runs the task. It is reserved: the
         task begins when so much is available, less `min_available_mb` and what others were promised and use not yet.
     group, group_limit: of all tasks of this group no more than so many run at once; others overtake those that wait.
+    capture_output: what the task, C code in it and processes that it starts write to standard output and error comes
+        as `Output` events of its future, and goes nowhere else.
+    capture_logging: what it logs with the standard `logging` at this level or above ("INFO", or a number) comes as
+        `Log` events. None: nothing does.
     """
 
     timeout: float | None = None
@@ -430,6 +439,8 @@ class TaskOptions:
     expected_memory_mb: float | None = None
     group: str | None = None
     group_limit: int | None = None
+    capture_output: bool = False
+    capture_logging: int | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("timeout", "queue_timeout", "memory_limit_mb", "hard_memory_limit_mb", "memory_growth_mb",
@@ -450,7 +461,20 @@ class TaskOptions:
         _check(self.key is None or isinstance(self.key, str), f"key must be a string, got {self.key!r}")
         _check(self.name is None or isinstance(self.name, str), f"name must be a string, got {self.name!r}")
         _check(self.victim in ("task", "tool"), f"victim must be 'task' or 'tool', got {self.victim!r}")
+        _check(isinstance(self.capture_output, bool),
+               f"capture_output must be True or False, got {self.capture_output!r}")
+        _check(self.capture_logging is None or self.logging_level is not None,
+               f"capture_logging must be None, a level's number or one of {', '.join(LEVELS)}, got "
+               f"{self.capture_logging!r}")
         _check(isinstance(self.block, bool), f"block must be True or False, got {self.block!r}")
+
+    @property
+    def logging_level(self) -> int | None:
+        """The level from which on the task's logging is captured, as a number."""
+        level = self.capture_logging
+        if isinstance(level, str):
+            return LEVELS.get(level.upper())
+        return level if type(level) is int and level >= 0 else None
 
     def updated(self, given: Mapping[str, Any]) -> TaskOptions:
         """These options with some replaced. Raises SettingsError for an unknown name."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING  # no public names
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from agentpool.core.transitions import TaskState
 from agentpool.runtime import interrupts
@@ -20,6 +20,7 @@ from agentpool.runtime.outcomes import Encoded, unpickling_error
 
 if TYPE_CHECKING:
     from agentpool.core.records import TaskRecord
+    from agentpool.events import Event
     from agentpool.io.arena import Held
     from agentpool.runtime.manager import Manager
     from agentpool.streams import EventBuffer, EventStream
@@ -30,6 +31,9 @@ __all__ = ["AgentFuture", "TaskSnapshot"]
 T = TypeVar("T")
 
 log = logging.getLogger("agentpool")
+
+#: Events that a callback is called for before others have their turn.
+_CALLS_IN_A_ROW: Final = 100
 
 _CANCELLED = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED})
 _OVER = _CANCELLED | {FINISHED}
@@ -184,6 +188,58 @@ class AgentFuture(Future[T]):
 
         return EventStream(self, self._events())
 
+    def add_event_callback(self, function: Callable[[Event], object]) -> None:
+        """Have `function(event)` called for each event, those that are kept from before included, in order.
+
+        It is called in a thread of the pool that does nothing else, before the future is done, and never after that;
+        where the future is done already, at once and in this thread. A slow one delays its own future and other
+        callbacks, and misses what is not kept meanwhile. What it raises is logged and goes no further. Raises
+        RuntimeError where the pool cannot start that thread.
+        """
+        from agentpool.streams import EventCallback
+
+        stream = self._events()
+        callback = EventCallback(function, self, stream)
+        announcer = None if self._manager is None or self.done() else self._manager.announcer()
+        if announcer is not None:
+            stream.callbacks.append(callback)
+            if not self.done() and announcer.post(self._call_back):
+                return
+        callback.call()
+
+    def _call_back(self) -> None:
+        """The announcer's: a part of what came, so that others have their turn."""
+        stream = self._events()
+        stream.is_announced = False
+        is_more = False
+        for callback in stream.callbacks:
+            is_more |= callback.call(_CALLS_IN_A_ROW)
+        if is_more:
+            self._announce(stream)
+
+    def _announce(self, stream: EventBuffer) -> None:
+        announcer = None if self._manager is None else self._manager.announcer()
+        if announcer is not None and not stream.is_announced:
+            stream.is_announced = True
+            announcer.post(self._call_back)
+
+    def _settles_later(self, is_value: bool, payload: object) -> bool:
+        """False: there is no event callback to be called before this is settled."""
+        stream = self._events()
+        announcer = None if self._manager is None or not stream.callbacks else self._manager.announcer()
+        if announcer is None or stream.is_ending:
+            return False
+        stream.is_ending = True
+        ended_at = time.monotonic()
+
+        def end() -> None:
+            for callback in stream.callbacks:
+                callback.call()
+            self.settle(is_value, payload)
+            self._ended_at = ended_at
+
+        return announcer.post(end)
+
     @property
     def events_dropped(self) -> int:
         """How many events are lost, as they came faster than they were sent, or were not read in time."""
@@ -202,6 +258,8 @@ class AgentFuture(Future[T]):
         stream = self._events()
         stream.put(attempt, payloads, dropped)
         stream.wake()
+        if stream.callbacks:
+            self._announce(stream)
 
     # -- what can be done to it ----------------------------------------------------------------------------------
 
@@ -293,6 +351,8 @@ class AgentFuture(Future[T]):
 
     def settle(self, is_value: bool, payload: object) -> None:
         """The manager's: the task is over."""
+        if self._stream is not None and self._settles_later(is_value, payload):
+            return
         self._ended_at = time.monotonic()
         self.payload, self.buffers = b"", ()
         if self._is_watched:

@@ -7,6 +7,7 @@ it said that it waits. Bounded: the oldest events go, and are counted. Knows not
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -17,7 +18,9 @@ from typing import Any, Final
 from agentpool import events
 from agentpool.events import Event
 
-__all__ = ["KEPT_BYTES", "KEPT_EVENTS", "EventBuffer", "EventStream"]
+__all__ = ["KEPT_BYTES", "KEPT_EVENTS", "EventBuffer", "EventCallback", "EventStream"]
+
+log = logging.getLogger("agentpool")
 
 #: What a future keeps for those who have not read it yet: so many events and, pickled, bytes.
 KEPT_EVENTS: Final = 1000
@@ -27,7 +30,8 @@ KEPT_BYTES: Final = 4 * 1024 * 1024
 class EventBuffer:
     """The last events of one task, numbered from 0, and who is to be told of more."""
 
-    __slots__ = ("_bytes", "_dropped_by_worker", "_items", "_most", "_most_bytes", "_next", "_wakers", "dropped")
+    __slots__ = ("_bytes", "_dropped_by_worker", "_items", "_most", "_most_bytes", "_next", "_wakers", "callbacks",
+                 "dropped", "is_announced", "is_ending")
 
     def __init__(self, most: int = KEPT_EVENTS, most_bytes: int = KEPT_BYTES) -> None:
         self._most = most
@@ -41,6 +45,11 @@ class EventBuffer:
         self._wakers: list[Callable[[], None]] = []
         #: that were here, and went for others
         self.dropped = 0
+        self.callbacks: list[EventCallback] = []
+        #: the callbacks will be called for what came
+        self.is_announced = False
+        #: the task is over: its future is settled as soon as they were called for the last time
+        self.is_ending = False
 
     @property
     def dropped_altogether(self) -> int:
@@ -154,6 +163,34 @@ class EventStream:
                     await waiter
             finally:
                 self._buffer.forget(wake)
+
+
+class EventCallback:
+    """A function to be called for each event, and how far that is. One thread at a time calls it."""
+
+    def __init__(self, function: Callable[[Event], object], future: Future[Any], buffer: EventBuffer) -> None:
+        self._function = function
+        self._future = future
+        self._buffer = buffer
+        self._position = 0
+        self._lock = threading.Lock()
+
+    def call(self, most: int | None = None) -> bool:
+        """Call it for what came, `most` events at most. True: there may be more. What it raises is logged."""
+        with self._lock:
+            called = 0
+            while (item := self._buffer.read(self._position)) is not None:
+                if called == most:
+                    return True
+                called += 1
+                self._position = item[0] + 1
+                try:
+                    self._function(events.decode(item[2], item[1]))
+                except BaseException as error:
+                    if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                        raise  # somebody pressed Ctrl-C while this thread added the callback
+                    log.exception("exception calling event callback for %r", self._future)
+        return False
 
 
 def _end_wait(waiter: Any) -> None:

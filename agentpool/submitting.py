@@ -49,6 +49,8 @@ class Submitting(Executor):
     _given: frozenset[str] = frozenset()
     #: what tasks of an agent ask for, by kind or class; with the key itself, as equal kinds need not be the same
     _agent_specs: dict[Any, tuple[Any, TaskSpec]] | None = None
+    #: what tasks write or log comes as events
+    _captures = False
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"an {type(self).__name__} cannot be sent to a worker or copied; make a pool inside the task")
@@ -61,7 +63,10 @@ class Submitting(Executor):
         Raises PoolClosedError after shutdown, the InitializerError of a broken pool, and QueueFullError (see `block`).
         """
         try:
-            payload, buffers = _serialize(fn, args, kwargs)
+            if self._captures:
+                payload, buffers = self._serialize_captured(fn, args, kwargs)
+            else:
+                payload, buffers = _serialize(fn, args, kwargs)
         except KeyboardInterrupt:
             raise  # it is the submitter's
         except BaseException as error:  # a user's __reduce__; SystemExit in it must not end the submitter
@@ -87,9 +92,18 @@ class Submitting(Executor):
         future.set_exception(error)
         return future
 
+    def _serialize_captured(
+        self, fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Payload, Sequence[memoryview]]:
+        """The call, in another one that has its worker pass on what it writes and logs."""
+        from agentpool_worker import capture
+
+        options = self._options
+        return protocol.dumps((capture.run, (options.capture_output, options.logging_level, fn, args, kwargs), {}))
+
     def _submit_chunk(self, fn: Callable[..., Any], columns: Sequence[Sequence[Any]]) -> AgentFuture[Any]:
         """Several calls as one task. Without cloudpickle where plain pickle is known to do, as in `_serialize`."""
-        if type(fn) is FunctionType and all(map(protocol.is_flat, columns)):
+        if type(fn) is FunctionType and all(map(protocol.is_flat, columns)) and not self._captures:
             reference = _references.get(fn) or _make_reference(fn)
             if reference and not _is_sent_by_value(fn.__module__):
                 payload = protocol.call_by_name(_CHUNK, (fn, columns), {})
@@ -115,7 +129,10 @@ class Submitting(Executor):
         name = base.kind_name(cast(Any, target))
         spec = self._agent_spec(cls, name, found)
         try:
-            payload, buffers = protocol.dumps((protocol.run_agent, (target, prompt, kwargs), {}))
+            if self._captures:
+                payload, buffers = self._serialize_captured(protocol.run_agent, (target, prompt, kwargs), {})
+            else:
+                payload, buffers = protocol.dumps((protocol.run_agent, (target, prompt, kwargs), {}))
         except KeyboardInterrupt:
             raise
         except BaseException as error:

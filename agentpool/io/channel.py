@@ -1,6 +1,7 @@
 """One worker's pipes and its page of shared memory: framing, buffering, never blocking.
 
-Two one-way pipes carry calls and results, one the wish to stop, one the worker's standard error. The page tells what
+Two one-way pipes carry calls and results, a pair of sockets the wish to stop and, the other way, descriptors, one pipe
+the worker's standard error. The page tells what
 began, takes back what did not, and holds what a dying worker could not send. It knows nothing of the core: frames go
 in and out. Writing is done by whichever thread holds the pool's lock, reading by the manager thread alone.
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
+import stat
 import tempfile
 import threading
 import time
@@ -80,7 +83,7 @@ class Channel:
             self._results, results_w = Pipe(duplex=False)
             self._theirs.append(results_w)
             self._ours.append(self._results)
-            control_r, self._control = Pipe(duplex=False)
+            control_r, self._control = Pipe()  # sockets: a worker may pass us descriptors
             self._theirs.append(control_r)
             self._ours.append(self._control)
             self._stderr, stderr_w = Pipe(duplex=False)
@@ -205,8 +208,23 @@ class Channel:
     def _tell(self, frame: bytes | memoryview) -> None:
         try:
             os.write(self._control.fileno(), frame)
-        except (BlockingIOError, BrokenPipeError):  # it has not read 1,800 of them, or is dead: it will be killed
+        except (BlockingIOError, ConnectionError):  # it has not read 1,800 of them, or is dead: it will be killed
             return
+
+    def take_descriptors(self, most: int) -> list[int]:
+        """What the worker passed with one message, non-blocking. Raises ProtocolError: nothing, or no pipes."""
+        with socket.socket(fileno=os.dup(self._control.fileno())) as control:
+            try:
+                _, taken, flags, _ = socket.recv_fds(control, 1, most, socket.MSG_CMSG_CLOEXEC)
+            except OSError as error:
+                raise protocol.ProtocolError(f"descriptors were announced, and none came: {error}") from error
+        if flags & socket.MSG_CTRUNC or not all(stat.S_ISFIFO(os.fstat(descriptor).st_mode) for descriptor in taken):
+            for descriptor in taken:
+                os.close(descriptor)
+            raise protocol.ProtocolError("other descriptors came than those of pipes")
+        for descriptor in taken:
+            os.set_blocking(descriptor, False)
+        return list(taken)
 
     # -- the arena -----------------------------------------------------------------------------------------------
 

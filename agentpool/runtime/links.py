@@ -21,6 +21,7 @@ from agentpool.io.processes import KeeperClient
 from agentpool.io.reactor import Reactor
 
 if TYPE_CHECKING:
+    from agentpool.io.output import TaskOutput
     from agentpool.io.sampler import TreeSampler
     from agentpool_worker.protocol import Payload
 
@@ -30,8 +31,8 @@ __all__ = ["Link", "Staff"]
 class Link:
     """One worker, as the manager sees it."""
 
-    __slots__ = ("_metric", "channel", "exit_code", "is_distrusted", "is_kill_wanted", "keeper", "pid", "pidfd",
-                 "sampler", "wanted_values", "worker")
+    __slots__ = ("_metric", "channel", "exit_code", "is_distrusted", "is_kill_wanted", "keeper", "outputs", "pid",
+                 "pidfd", "sampler", "wanted_values", "worker")
 
     def __init__(self, worker: WorkerRecord, channel: Channel, keeper: KeeperClient, metric: MemoryMetric) -> None:
         self._metric = metric
@@ -45,6 +46,8 @@ class Link:
         self.exit_code: int | None = None
         #: tasks whose retry policy wants to see the value
         self.wanted_values: set[int] = set()
+        #: task id -> what it writes, of those whose output is captured
+        self.outputs: dict[int, TaskOutput] = {}
         #: somebody wrote into its pipe of results: nothing that comes from it is read any more
         self.is_distrusted = False
 
@@ -128,6 +131,11 @@ class Link:
             for descriptor in (self.channel.calls_fd, self.channel.results_fd, self.channel.stderr_fd, self.pidfd):
                 if descriptor is not None:
                     reactor.unwatch(descriptor)
+        for output in self.outputs.values():
+            for descriptor in output.open.values():
+                if reactor is not None:
+                    reactor.unwatch(descriptor)
+            output.close()
         self.channel.close()
         if self.pidfd is not None:
             os.close(self.pidfd)

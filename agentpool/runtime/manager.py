@@ -45,6 +45,7 @@ from agentpool_worker.arena import WARM_SECONDS
 if TYPE_CHECKING:
     from agentpool.io.arena import Held
     from agentpool.io.host import HostSampler
+    from agentpool.runtime.announcer import Announcer
     from agentpool.runtime.budget import Clerk
     from agentpool_worker.protocol import Payload
 
@@ -121,6 +122,8 @@ class Manager:
         self._staff = self._reception.staff
         self._clerk = self._make_clerk()
         self._host: HostSampler | None = None
+        #: there is one once somebody wants to be called for events
+        self._announcer: Announcer | None = None
         self._sleeps_until = 0.0
         self._trims_at = 0.0
         self._thread: threading.Thread | None = None
@@ -176,7 +179,7 @@ class Manager:
                 self._accept(task)
                 return task
             except QueueFullError:
-                if not block or threading.get_ident() == self._thread_id:
+                if not block or self.is_own_thread:
                     raise
             finally:
                 if is_held:
@@ -416,7 +419,7 @@ class Manager:
             with self.lock:
                 if not self._is_finished:
                     self._finish()
-        elif wait and threading.get_ident() != self._thread_id:
+        elif wait and not self.is_own_thread:
             thread.join()
 
     def force_open(self, reason: str, seconds: float | None = None) -> None:
@@ -484,8 +487,22 @@ class Manager:
 
     @property
     def is_own_thread(self) -> bool:
-        """The caller is this pool's manager thread, which runs the callbacks of futures: it must not wait for them."""
-        return threading.get_ident() == self._thread_id
+        """The caller is a thread of this pool, which runs the callbacks of futures: it must not wait for them."""
+        announcer = self._announcer
+        return threading.get_ident() == self._thread_id or (announcer is not None and announcer.is_caller)
+
+    def announcer(self) -> Announcer | None:
+        """What calls the callbacks for events; made with the first call. None: the pool is over.
+
+        Raises RuntimeError where no thread can be had.
+        """
+        if self._announcer is None:
+            from agentpool.runtime.announcer import Announcer
+
+            with interrupts.held(), self.lock:
+                if self._announcer is None and not self._is_finished:
+                    self._announcer = Announcer(self.name)
+        return self._announcer
 
     @property
     def inbox(self) -> Iterable[TaskRecord]:
@@ -772,6 +789,8 @@ class Manager:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
+        if self._announcer is not None:
+            self._announcer.close()  # first: it settles futures
         self._is_finished = True
         self.door.close()
         self._reception.stderr.drain()

@@ -20,6 +20,7 @@ from agentpool.io.stderr import Forwarder
 from agentpool.runtime import outcomes
 from agentpool.runtime.links import Link, Staff
 from agentpool.runtime.outcomes import Encoded
+from agentpool.runtime.outputs import Outputs
 from agentpool_worker import protocol
 from agentpool_worker.protocol import Frame
 
@@ -43,6 +44,7 @@ class Reception:
         self._reactor = reactor
         self._staff = Staff(core.settings, reactor, self._keeper_spoke)
         self.stderr = Forwarder()
+        self._outputs = Outputs(reactor, self._task_said)
         self._events: list[Event] = []
         #: what running tasks said, as (the task's handle, attempt, pickled events, events lost in the worker)
         self.said: list[tuple[object, int, list[bytes], int]] = []
@@ -112,6 +114,8 @@ class Reception:
 
     def _receive_all(self, link: Link, frames: list[Frame]) -> None:
         """Turn frames into events. Values that nobody here must look into, nearly all there is, become one."""
+        if link.outputs:
+            self._outputs.read_all(link)
         values: list[Frame] = []
         for frame in frames:
             if frame.kind == protocol.VALUE and frame.task_id not in link.wanted_values:
@@ -121,6 +125,8 @@ class Reception:
             else:
                 values = []
                 self._receive(link, frame)
+        if link.outputs:
+            self._outputs.end(link, frames)
 
     def _values_came(self, link: Link, frames: list[Frame], now: float) -> None:
         """Under the lock. The hot path: what `_finished` does, for many."""
@@ -156,7 +162,9 @@ class Reception:
             self._events.append(lambda now: core.agent_set_up(now, worker, baseline))
         elif kind == protocol.EVENTS:
             payloads = protocol.split_events(frame)
-            self._events.append(lambda now: self._task_said(link, frame, payloads))
+            self._task_said(link, frame.task_id, payloads, frame.y)
+        elif kind == protocol.OUTPUT:
+            self._outputs.begin(link, frame.task_id)
         elif kind == protocol.INIT_FAILED:
             failure = outcomes.initializer_error(frame)
             if isinstance(failure.__cause__, MemoryError):
@@ -201,11 +209,14 @@ class Reception:
             wants_stack = task.stop is not None and task.stop.is_timeout
             self._core.stop_acknowledged(now, link.worker, task, link.channel.report() if wants_stack else "")
 
-    def _task_said(self, link: Link, frame: Frame, payloads: list[bytes]) -> None:
-        """Under the lock: only here is it known which attempt this is, and not whether anybody listens."""
-        task = self._task_of(link, frame.task_id)
-        if task is not None:
-            self.said.append((task.handle, task.attempts, payloads, frame.y))
+    def _task_said(self, link: Link, task_id: int, payloads: list[bytes], dropped: int = 0) -> None:
+        """Only under the lock is it known which attempt this is; whether anybody listens is not known there."""
+        def said(now: float) -> None:
+            task = self._task_of(link, task_id)
+            if task is not None:
+                self.said.append((task.handle, task.attempts, payloads, dropped))
+
+        self._events.append(said)
 
     def _read_stderr(self, link: Link) -> None:
         if self.stderr.is_full:

@@ -163,6 +163,9 @@ class Nowhere:
     def write_if_room(self, least: int, build: Callable[[int], bytes]) -> bool:
         return bool(build(least))
 
+    def send_descriptors(self, descriptors: list[int]) -> None:
+        return
+
 
 def serving() -> Callable[[], None]:
     import resource

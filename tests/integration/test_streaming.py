@@ -211,6 +211,127 @@ class TestWhatIsHeard:
         assert ticks > 1
 
 
+class TestCallbacks:
+    def test_each_is_called_for_each_event_before_the_future_is_done(self, pool: AgentPool, tmp_path: Path) -> None:
+        def task(gate: str) -> int:
+            from agentpool_worker import context
+
+            for index in range(500):
+                context.current().progress(index)
+            wait_for(gate)
+            context.current().progress(500)
+            return 7
+
+        heard: list[tuple[float, bool, str]] = []
+        others: list[float] = []
+        future = pool.submit(task, str(tmp_path / "gate"))
+        next(future.events())  # what came before counts as well
+        future.add_event_callback(
+            lambda event: heard.append((event.done, future.done(), threading.current_thread().name))  # type: ignore[attr-defined]
+        )
+        future.add_event_callback(lambda event: others.append(event.done))  # type: ignore[attr-defined]
+        (tmp_path / "gate").touch()
+        assert future.result(LONG) == 7
+        assert heard == [(index, False, f"agentpool-events-{pool.name}") for index in range(501)]
+        assert others == list(range(501))
+
+    def test_one_that_raises_is_logged_and_the_next_is_called(
+        self, pool: AgentPool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        heard = []
+
+        def fail(event: Event) -> None:
+            raise SystemExit("from the callback")
+
+        future = pool.submit(count, 3)
+        future.add_event_callback(fail)
+        future.add_event_callback(heard.append)
+        assert future.result(LONG) == 3
+        assert dones(heard) == [1, 2, 3]
+        records = [record for record in caplog.records if "exception calling event callback for" in record.message]
+        assert len(records) == 3
+        assert records[0].exc_info is not None
+        assert records[0].exc_info[0] is SystemExit
+
+    def test_one_that_comes_late_is_called_at_once(self, pool: AgentPool) -> None:
+        future = pool.submit(count, 3)
+        assert future.result(LONG) == 3
+        heard: list[tuple[Event, str]] = []
+        future.add_event_callback(lambda event: heard.append((event, threading.current_thread().name)))
+        assert [(event.done, name) for event, name in heard] == [(n, "MainThread") for n in (1, 2, 3)]  # type: ignore[attr-defined]
+
+    def test_a_slow_one_holds_up_its_own_future_and_no_other(self, pool: AgentPool) -> None:
+        gate, entered = threading.Event(), threading.Event()
+
+        def wait(_: Event) -> None:
+            entered.set()
+            gate.wait(LONG)
+
+        future = pool.submit(count, 5)
+        future.add_event_callback(wait)
+        try:
+            assert entered.wait(LONG)
+            assert [pool.submit(count, number).result(LONG) for number in range(50)] == list(range(50))
+            assert not future.done()
+            assert dones(list(pool.submit(count, 2).events())) == [1, 2]
+        finally:
+            gate.set()
+        assert future.result(LONG) == 5
+
+    def test_it_misses_what_is_not_kept(self, pool: AgentPool) -> None:
+        gate, heard = threading.Event(), []
+
+        def hear(event: Event) -> None:
+            gate.wait(LONG)
+            heard.append(event)
+
+        future = pool.submit(count, 5000)
+        future.add_event_callback(hear)
+        while future.events_dropped < 3000:
+            pool.submit(abs, -1).result(LONG)
+        gate.set()
+        assert future.result(LONG) == 5000
+        assert dones(heard)[-1] == 5000
+        assert len(heard) < 2001
+
+    def test_callbacks_of_futures_come_after_and_may_use_the_pool(self, make_pool: MakePool) -> None:
+        pool = make_pool(max_workers=2, max_pending=1)
+        order: list[str] = []
+        more = []
+
+        def hear(event: Event) -> None:
+            order.append("event")
+            more.append(pool.submit(abs, -4))
+
+        future = pool.submit(count, 1)
+        future.add_done_callback(lambda _: order.append("done"))
+        future.add_event_callback(hear)
+        assert future.result(LONG) == 1
+        pool.shutdown()
+        assert order == ["event", "done"]
+        assert [submitted.result(0) for submitted in more] == [4]
+
+    def test_a_shutdown_waits_for_them_and_they_may_shut_down(self, make_pool: MakePool) -> None:
+        pool = make_pool(max_workers=1)
+        heard = []
+
+        def hear(event: Event) -> None:
+            heard.append(event)
+            pool.shutdown(wait=True)  # from the pool's own thread: it cannot wait for itself
+
+        future = pool.submit(count, 200)
+        future.add_event_callback(hear)
+        pool.shutdown(wait=True)
+        assert future.result(0) == 200
+        assert len(heard) == 200
+
+    def test_of_one_whose_call_could_not_be_sent(self, pool: AgentPool) -> None:
+        future = pool.submit(threading.Lock().acquire)
+        future.add_event_callback(lambda event: pytest.fail(f"{event}"))
+        assert list(future.events()) == []
+        assert future.exception() is not None
+
+
 class TestWhatIsRefused:
     def test_numbers_levels_and_sizes(self, pool: AgentPool) -> None:
         def task() -> list[str]:

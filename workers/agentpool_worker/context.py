@@ -15,6 +15,7 @@ import threading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Final
 
     from agentpool_worker.streaming import Outlet, Sender
@@ -114,6 +115,8 @@ _current: TaskContext | None = None
 _outlet: Outlet | None = None
 #: of the running task, where it told something: at most one, and a dict as that is made but once by several threads
 _senders: dict[int, Sender] = {}
+#: what the running task began that ends with it: see `capture`
+_endings: list[Callable[[], None]] = []
 
 
 def current() -> TaskContext:
@@ -144,6 +147,8 @@ def _enter(context: TaskContext) -> None:
 def _leave() -> None:
     """The worker's: the task has ended, and its result will be sent next."""
     global _current
+    while _endings:
+        _endings.pop()()
     _current = None
     while _senders:
         _senders.popitem()[1].close()
@@ -154,3 +159,4 @@ def _connect(outlet: Outlet | None) -> None:
     global _outlet
     _outlet = outlet
     _senders.clear()
+    _endings.clear()

@@ -64,13 +64,17 @@ class Link(Protocol):
     def write_if_room(self, least: int, build: Callable[[int], bytes]) -> bool:
         """Write what `build(room)` makes, without waiting. False: it made nothing, or another thread is writing."""
 
+    def send_descriptors(self, descriptors: list[int]) -> None:
+        """Pass descriptors to the parent; they stay open here."""
+
 
 class PipeLink:
     """The real link: two pipe ends. `write` may be called by both threads; frames never interleave."""
 
-    def __init__(self, calls: int, results: int, page: Any) -> None:
+    def __init__(self, calls: int, results: int, page: Any, control: int = -1) -> None:
         self._calls = calls
         self._results = results
+        self._control = control
         self._announced = protocol.announced(page)
         self._is_large = False
         self._lock = threading.Lock()
@@ -114,6 +118,17 @@ class PipeLink:
             return bool(frame)
         finally:
             self._lock.release()
+
+    def send_descriptors(self, descriptors: list[int]) -> None:
+        import _socket as socket
+
+        numbers = b"".join([descriptor.to_bytes(4, sys.byteorder) for descriptor in descriptors])
+        control = socket.socket(fileno=self._control)
+        try:
+            control.settimeout(None)  # whatever the task made the default
+            control.sendmsg([b"d"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
+        finally:
+            control.detach()
 
 
 def _agents_set_up() -> int:
@@ -368,6 +383,12 @@ class Worker:
     def _held_results(self, room: int) -> bytes:
         return bytes(self._page[OUTBOX_DATA : OUTBOX_DATA + self._held]) if self._held <= room else b""
 
+    def send_output(self, task_id: int, descriptors: list[int]) -> None:
+        """In the main thread, as a task begins: have the parent read what it writes to these pipes."""
+        self._flush()
+        self._link.send_descriptors(descriptors)
+        self._link.write(encode(protocol.OUTPUT, task_id))
+
     def write_last(self, frame: bytes) -> None:
         """In the main thread: write events of a task that has ended."""
         self._flush()
@@ -448,15 +469,16 @@ def _control_loop(worker: Worker, control: int, report: int, main_thread: int) -
     import faulthandler
 
     reader = FrameReader()
-    while reader.read_from(control):
-        for frame in reader.frames():
-            if frame.kind == protocol.STOP:
-                if frame.flags:
-                    faulthandler.dump_traceback(report, all_threads=True)
-                worker.request_stop(frame.task_id)
-                signal.pthread_kill(main_thread, signal.SIGINT)
-            elif frame.kind == protocol.TRIM:
-                worker.shared.trim()
+    with contextlib.suppress(ConnectionResetError):  # the parent is gone, and had not read all that we sent
+        while reader.read_from(control):
+            for frame in reader.frames():
+                if frame.kind == protocol.STOP:
+                    if frame.flags:
+                        faulthandler.dump_traceback(report, all_threads=True)
+                    worker.request_stop(frame.task_id)
+                    signal.pthread_kill(main_thread, signal.SIGINT)
+                elif frame.kind == protocol.TRIM:
+                    worker.shared.trim()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -473,7 +495,7 @@ def serve(worker_id: int, calls: int, results: int, control: int, report: int, a
     os.lseek(report, protocol.REPORT, os.SEEK_SET)
     faulthandler.enable(report, all_threads=True)
     faulthandler.register(signal.SIGUSR1, report, all_threads=True, chain=False)
-    link = PipeLink(calls, results, page)
+    link = PipeLink(calls, results, page, control)
 
     def after_fork() -> None:
         link.abandon(control)

@@ -65,12 +65,14 @@ INIT_FAILED: Final = 24
 AGENT_SET_UP: Final = 25
 # Events of a running task. x: how many; y: how many of this attempt were dropped so far.
 EVENTS: Final = 26
+# The parent is to read what the task writes: the descriptors came on the control socket, as one message.
+OUTPUT: Final = 27
 
 #: Flag of CALL and VALUE: the pickle and its buffers lie in a block of the arena. The frame has its place and sizes.
 SHARED: Final = 0x80
 _PLACE: Final = Struct("<QI")  # offset, number of the block
 
-_KINDS: Final = frozenset({CALL, INIT, COLLECT, STOP, TRIM, *range(READY, EVENTS + 1)})
+_KINDS: Final = frozenset({CALL, INIT, COLLECT, STOP, TRIM, *range(READY, OUTPUT + 1)})
 
 # The page: memory shared by the parent and one worker. A byte per slot says that a call began or is revoked; the
 # outbox holds results that are not yet written to the pipe, so that a worker that dies takes none with it; behind it,

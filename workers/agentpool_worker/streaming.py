@@ -56,6 +56,9 @@ class Outlet(Protocol):
         `least`: that it makes nothing of less.
         """
 
+    def send_output(self, task_id: int, descriptors: list[int]) -> None:
+        """Have the parent read what the task writes to these pipes: standard output, standard error."""
+
     def write_last(self, frame: bytes) -> None:
         """Write, at the end of the task and in its own thread, and wait for room."""
 
