@@ -149,6 +149,10 @@ class FakeChannel:
         if not self._is_deserted:
             self.control.append(Frame(STOP, int(wants_stack), task_id, 0, 0, 0, b"", ()))
 
+    def take_descriptors(self, most: int) -> list[int]:
+        """What the worker passed with one message: imagined ones pass none. Raises ProtocolError."""
+        raise ProtocolError("descriptors were announced, and none came: there are none here")
+
     # -- the page ------------------------------------------------------------------------------------------------
 
     def began(self, task_id: int) -> bool:

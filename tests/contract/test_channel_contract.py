@@ -298,6 +298,11 @@ def test_the_tail_of_standard_error_is_kept(bed: Any) -> None:
     assert len(bed.channel.stderr_tail) == 4096
 
 
+def test_descriptors_that_were_announced_and_did_not_come_are_refused(bed: Any) -> None:
+    with pytest.raises(protocol.ProtocolError, match="descriptors were announced, and none came"):
+        bed.channel.take_descriptors(2)
+
+
 def test_closing_twice_does_no_harm(bed: Any) -> None:
     bed.channel.close()
     bed.channel.close()
