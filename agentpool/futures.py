@@ -19,8 +19,9 @@ from agentpool.runtime import interrupts
 from agentpool.runtime.outcomes import Encoded, unpickling_error
 
 if TYPE_CHECKING:
-    from agentpool.core.records import TaskRecord
+    from agentpool.core.records import TaskRecord, WorkerRecord
     from agentpool.events import Event
+    from agentpool.history import Attempt
     from agentpool.io.arena import Held
     from agentpool.runtime.manager import Manager
     from agentpool.streams import EventBuffer, EventStream
@@ -73,7 +74,7 @@ class TaskSnapshot:
 class AgentFuture(Future[T]):
     """The result of a task, to come.
 
-    `worker_pid` is the process that ran it last, None while it never left the queue.
+    Its attempts, its memory and what it says while it runs can be asked for at any time.
     """
 
     # Defaults stand here and in no instance, and what others wait with is made when somebody waits: a future that is
@@ -90,7 +91,8 @@ class AgentFuture(Future[T]):
     _is_watched = False
     #: what the task said, or who wants to know of it
     _stream: EventBuffer | None = None
-    worker_pid: int | None = None
+    #: that ran it last, or has it
+    worker: WorkerRecord | None = None
 
     def __init__(
         self, manager: Manager | None = None, payload: Payload | Held = b"", buffers: Sequence[memoryview] = ()
@@ -119,6 +121,11 @@ class AgentFuture(Future[T]):
         return self._task.spec.name if self._task is not None else None
 
     @property
+    def worker_pid(self) -> int | None:
+        """The process that ran it last; None while it never left the queue."""
+        return None if self.worker is None else self.worker.pid
+
+    @property
     def attempts(self) -> int:
         """How often the task began; an attempt that never began is not counted."""
         return self._task.attempts if self._task is not None else 0
@@ -129,7 +136,16 @@ class AgentFuture(Future[T]):
 
         The whole process counts: what a worker held before the task is part of it.
         """
-        return self._task.peak_rss_bytes if self._task is not None else 0
+        return self._task.highest_rss_bytes if self._task is not None else 0
+
+    @property
+    def history(self) -> list[Attempt]:
+        """What became of each attempt that began, oldest first; the last one may still run."""
+        if self._task is None:
+            return []
+        from agentpool.history import attempts_of
+
+        return attempts_of(self._task, self.worker, self._ended_at, self._exception)
 
     def snapshot(self) -> TaskSnapshot:
         """How the task stands now."""
@@ -146,7 +162,7 @@ class AgentFuture(Future[T]):
             attempts=task.attempts,
             elapsed_seconds=max(0.0, end - task.started_at) if task.attempts else 0.0,
             rss_bytes=worker.rss_bytes if worker is not None else 0,
-            peak_rss_bytes=task.peak_rss_bytes,
+            peak_rss_bytes=task.highest_rss_bytes,
             worker_pid=self.worker_pid,
             last_error=None if task.last_error is None else f"{type(task.last_error).__name__}: {task.last_error}",
             sampled_at=worker.sampled_at if worker is not None else None,

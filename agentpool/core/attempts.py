@@ -15,7 +15,7 @@ from agentpool.core.actions import RESOLVE, AskToStop, DumpStack, Revoke
 from agentpool.core.crew import LIVE_STATES, POOL_STOPPED
 from agentpool.core.lines import LinedQueue
 from agentpool.core.placement import fresh_worker
-from agentpool.core.records import SessionRecord, StopCause, TaskRecord, WorkerExit, WorkerRecord
+from agentpool.core.records import AttemptRecord, SessionRecord, StopCause, TaskRecord, WorkerExit, WorkerRecord
 from agentpool.core.retry import RetryPolicy, backoff_seconds
 from agentpool.core.transitions import TASK_TRANSITIONS, BreakerState, TaskState, WorkerState, allowed_masks
 from agentpool.core.upkeep import Upkeep
@@ -155,6 +155,10 @@ class Attempts(Upkeep):
         if isinstance(error, MemoryLimitError) and policy is not None:
             self._escalate(task, policy, error)
         self.counters.retried += 1
+        if task.past is None:
+            task.past = []
+        task.past.append(AttemptRecord(task, now, error))
+        task.peak_rss_bytes = 0
         task.idle_seconds += wait
         self._wait_for_retry(now, task, wait)
 

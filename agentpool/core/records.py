@@ -16,6 +16,7 @@ from agentpool.core.transitions import TaskState, WorkerState
 from agentpool.errors import SessionLostError
 
 __all__ = [
+    "AttemptRecord",
     "HostState",
     "SessionRecord",
     "StopCause",
@@ -116,13 +117,27 @@ class StopCause:
         self.is_final = is_final
 
 
+class AttemptRecord:
+    """An attempt that began and ended, and was not the last one. `error` None: it returned, and its policy went on."""
+
+    __slots__ = ("ended_at", "error", "peak_rss_bytes", "queued_at", "started_at", "worker")
+
+    def __init__(self, task: TaskRecord, ended_at: float, error: BaseException | None) -> None:
+        self.worker = task.worker
+        self.queued_at = task.queued_at
+        self.started_at = task.started_at
+        self.ended_at = ended_at
+        self.error = error
+        self.peak_rss_bytes = task.peak_rss_bytes
+
+
 class TaskRecord:
     """One accepted task."""
 
     __slots__ = (
         "attempts", "call_key", "dispatch_failures", "first_started_at", "handle", "hard_limit_bytes", "id",
-        "idle_seconds", "is_alone", "is_isolated", "is_returned", "kills", "last_error", "peak_rss_bytes",
-        "queued_at", "spec", "started_at", "state", "stop", "timer", "tools_stopped", "worker",
+        "idle_seconds", "is_alone", "is_isolated", "is_returned", "kills", "last_error", "past",
+        "peak_rss_bytes", "queued_at", "spec", "started_at", "state", "stop", "timer", "tools_stopped", "worker",
     )
 
     def __init__(self, task_id: int, spec: TaskSpec, handle: object, call_key: object = None) -> None:
@@ -154,7 +169,10 @@ class TaskRecord:
         self.stop: StopCause | None = None
         #: the one deadline of its present state: queue_timeout, timeout, kill grace or back-off; none while ASSIGNED
         self.timer: Timer | None = None
+        #: of this attempt
         self.peak_rss_bytes = 0
+        #: attempts that were followed, or will be, by another one; None: there are none
+        self.past: list[AttemptRecord] | None = None
         #: it killed a worker before: it runs in a fresh worker, with nothing sent ahead behind it
         self.is_isolated = False
         #: its retry policy wants it to run while nothing else does; it is isolated as well
@@ -164,6 +182,11 @@ class TaskRecord:
         #: processes of its own that were stopped in its place, in this attempt
         self.tools_stopped = 0
         self.last_error: BaseException | None = None
+
+    @property
+    def highest_rss_bytes(self) -> int:
+        """The peak of all its attempts."""
+        return max([self.peak_rss_bytes, *(attempt.peak_rss_bytes for attempt in self.past or ())])
 
     def __repr__(self) -> str:
         return f"<task {self.id} {self.spec.name or ''} {self.state.name} attempts={self.attempts}>"

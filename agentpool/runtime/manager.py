@@ -64,7 +64,8 @@ _STDERR_RETRY: Final = 0.05
 class Call(Protocol):
     """A task's future, as the manager sees it: it has the serialized call until the task is over."""
 
-    worker_pid: int | None
+    #: that ran it last, or has it
+    worker: WorkerRecord | None
 
     @property
     def payload(self) -> Payload | Held:
@@ -567,7 +568,7 @@ class Manager:
     def _dispatch(self, worker: WorkerRecord, task: TaskRecord) -> Link:
         link = self._staff.links[worker.id]
         call = cast(Call, task.handle)
-        call.worker_pid = worker.pid
+        call.worker = worker
         link.queue_call(task, call.payload, call.buffers)
         return link
 

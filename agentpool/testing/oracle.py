@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from agentpool.core.records import SessionRecord, TaskRecord, TaskSpec
+from agentpool.core.records import SessionRecord, TaskRecord, TaskSpec, WorkerRecord
 from agentpool.errors import (
     CircuitOpenError,
     InitializerError,
@@ -58,7 +58,7 @@ class FakeFuture:
 
     __slots__ = (
         "_oracle", "begun", "buffers", "deaths", "end", "ended", "fate", "follower", "heard", "is_kill_promised",
-        "is_safe", "payload", "process", "produced", "said", "spec", "task", "wishes", "worker_pid",
+        "is_safe", "payload", "process", "produced", "said", "spec", "task", "wishes", "worker",
     )
 
     def __init__(self, oracle: Oracle, spec: TaskSpec, fate: Fate) -> None:
@@ -69,7 +69,7 @@ class FakeFuture:
         self.payload: bytes | tuple[bytes, ...] = b"call"
         # An imagined worker takes a buffer for the kind of agent that it has to set up.
         self.buffers: Sequence[memoryview] = () if spec.kind is None else (memoryview(spec.kind.encode()),)
-        self.worker_pid: int | None = None
+        self.worker: WorkerRecord | None = None
         self.task: TaskRecord | None = None
         #: how often a worker began it, how often one ended it, how often one died with it
         self.begun = 0

@@ -1,7 +1,7 @@
 """The floors of the house: imports go downwards only. Static: the source is parsed, nothing is imported.
 
     agentpool_worker < errors, config, events < core | io (which do not know each other) < runtime
-    < pool, futures, streams, breaker, monitor, control < orchestrator < the package's own __init__ < cli
+    < pool, futures, history, streams, breaker, monitor, control < orchestrator < the package's own __init__ < cli
     testing stands beside, and nobody imports it
 
 An import inside a function counts like any other. What stands under `if TYPE_CHECKING:` does not count, as nothing is
@@ -29,6 +29,7 @@ FLOORS = {
     "agentpool.core": 2,
     "agentpool.io": 2,
     "agentpool.runtime": 3,
+    "agentpool.bars": 4,
     "agentpool.breaker": 4,
     "agentpool.pool": 4,
     "agentpool.agents": 3,
@@ -36,6 +37,7 @@ FLOORS = {
     "agentpool.sessions": 4,
     "agentpool.operating": 4,
     "agentpool.futures": 4,
+    "agentpool.history": 4,
     "agentpool.streams": 4,
     "agentpool.monitor": 4,
     "agentpool.control": 4,
