@@ -36,7 +36,8 @@ class Outputs:
         """The worker passed the pipes of this task. Raises ProtocolError."""
         descriptors = link.channel.take_descriptors(2)
         if len(descriptors) != 2 or task_id in link.outputs:
-            link.outputs[-len(link.outputs) - 1] = TaskOutput(descriptors)  # closed with the link
+            for descriptor in descriptors:
+                os.close(descriptor)
             raise protocol.ProtocolError(f"{len(descriptors)} descriptors came for the output of task {task_id}")
         output = link.outputs[task_id] = TaskOutput(descriptors)
         for name, descriptor in output.open.items():

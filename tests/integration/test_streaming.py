@@ -390,6 +390,63 @@ class TestWhatIsRefused:
         assert second.error == "SystemExit: no"
 
 
+class TestFramesThatCannotBeBelieved:
+    """A task that has got hold of its worker's link: it ends its worker, and nobody else."""
+
+    @staticmethod
+    def forge(what: str) -> None:
+        import os
+
+        from agentpool_worker import context, protocol
+
+        worker: Any = context._outlet
+        task_id = context.current().task_id
+        if what == "too few":
+            frame = protocol.HEADER.pack(protocol.MAGIC, protocol.EVENTS, 0, 0, task_id, 3, 5, 0, 0) + b"abc"
+        elif what == "too much":
+            frame = protocol.HEADER.pack(protocol.MAGIC, protocol.EVENTS, 0, 0, task_id, 3, 0, 0, 0) + b"abc"
+        else:
+            frame = protocol.HEADER.pack(protocol.MAGIC, protocol.OUTPUT, 0, 0, task_id, 0, 0, 0, 0)
+        if what == "a file":
+            with open(os.devnull, "rb") as file:
+                worker._link.send_descriptors([file.fileno(), file.fileno()])
+        elif what == "one pipe":
+            worker._link.send_descriptors([os.pipe()[0]])
+        worker._link.write([frame])
+        threading.Event().wait()
+
+    @pytest.mark.parametrize(("what", "words"), [
+        ("too few", "a frame of 5 events is too short for them"),
+        ("too much", "0 events of 0 bytes came in a frame of 3"),
+        ("no descriptors", "descriptors were announced, and none came"),
+        ("a file", "other descriptors came than those of pipes"),
+        ("one pipe", "1 descriptors came for the output of task"),
+    ])
+    def test_they_end_their_worker(
+        self, make_pool: MakePool, caplog: pytest.LogCaptureFixture, what: str, words: str
+    ) -> None:
+        pool = make_pool(max_workers=2)
+        future = pool.submit(self.forge, what)
+        error = future.exception(LONG)
+        assert isinstance(error, WorkerCrashedError)
+        assert words in error.stderr_tail
+        assert words in caplog.text
+        assert dones(list(pool.submit(count, 3).events())) == [1, 2, 3]
+
+    def test_events_of_a_task_that_is_not_this_workers_are_nobodys(self, make_pool: MakePool) -> None:
+        def lie() -> int:
+            from agentpool_worker import context, protocol
+
+            worker: Any = context._outlet
+            worker._link.write([protocol.encode_events(context.current().task_id + 1000, [b"x"], 0)])
+            context.current().progress(1)
+            return 1
+
+        future = make_pool().submit(lie)
+        assert future.result(LONG) == 1
+        assert dones(list(future.events())) == [1]
+
+
 class TestLosses:
     def test_a_task_that_crashes_keeps_what_it_said(self, pool: AgentPool) -> None:
         def task() -> None:
