@@ -198,6 +198,20 @@ class FakeChannel:
             self.machine.readable.discard(self.results_fd)
         return frames, self.is_results_ended
 
+    def stderr_since(self, position: int) -> tuple[bytes, int]:
+        """What came after so many bytes, as far as it is kept, and how many came in all."""
+        count = self.stderr_count
+        return self.stderr_tail[max(0, len(self.stderr_tail) - max(0, count - position)) :], count
+
+    def read_stderr(self) -> bytes:
+        """What the worker wrote to its standard error since; the tail is kept. b"" where there is nothing."""
+        data, self.stderr = self.stderr, b""
+        self.stderr_tail = (self.stderr_tail + data)[-4096:]
+        self.stderr_count += len(data)
+        if not self.is_results_ended:
+            self.machine.readable.discard(self.stderr_fd)
+        return data
+
     def close(self) -> None:
         """Give back all descriptors and the page. May be called twice."""
         self.is_closed = True
