@@ -469,6 +469,11 @@ class TaskOptions:
         _check(isinstance(self.block, bool), f"block must be True or False, got {self.block!r}")
 
     @property
+    def is_captured(self) -> bool:
+        """What the task writes or logs is wanted."""
+        return self.capture_output or self.capture_logging is not None
+
+    @property
     def logging_level(self) -> int | None:
         """The level from which on the task's logging is captured, as a number."""
         level = self.capture_logging

@@ -209,7 +209,7 @@ class PoolView(Submitting):
         self._manager = pool._manager
         self._options = options
         self._spec = spec_of(options)
-        self._captures = options.capture_output or options.capture_logging is not None
+        self._captures = options.is_captured
 
     def options(self, **options: Unpack[TaskOptionsDict]) -> PoolView:
         """A view with some options replaced again."""

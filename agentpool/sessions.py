@@ -42,6 +42,7 @@ class Session(Submitting):
     ) -> None:
         self._manager = manager
         self._options = options
+        self._captures = options.is_captured
         self._record = SessionRecord(next(_numbers), key, idle_timeout)
         self._spec = replace(spec, session=self._record, key=None)
         #: not settled when last looked at; for those who wait for the end

@@ -239,6 +239,12 @@ class TestOutput:
         assert (future.result(LONG), text(future)) == (3, "from a coroutine\n")  # type: ignore[comparison-overlap]
         assert list(captured.map(abs, [-1, -2, -3], chunksize=2)) == [1, 2, 3]
 
+    def test_of_the_tasks_of_a_session(self, make_pool: MakePool) -> None:
+        with make_pool().options(capture_output=True, capture_logging="INFO").session("talk") as session:
+            future = session.submit(speak, "in a session")
+            assert text(future) == "in a session\n"
+            assert logged(session.submit(lambda: logging.getLogger("s").info("kept"))) == [("INFO", "s", "kept")]
+
     def test_many_tasks_leave_no_descriptor(self, make_pool: MakePool) -> None:
         pool = make_pool(max_workers=2)
         captured = pool.options(capture_output=True)
