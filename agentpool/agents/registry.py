@@ -101,8 +101,7 @@ class AgentKind:
         given = {option: getattr(self, name) for name, option in _OPTIONS.items() if getattr(self, name) is not None}
         if self.concurrency is not None:
             given["group"] = self.name
-        known = {item.name for item in fields(TaskOptions)}
-        return {option: value for option, value in given.items() if option in known}
+        return given
 
     @property
     def options(self) -> dict[str, Any]:

@@ -167,6 +167,38 @@ def test_a_session_that_grew_is_recycled_with_its_worker(
     assert second.result()["session_id"] != first.result()["session_id"]
 
 
+def test_growth_counts_from_the_warm_session(
+    make_pool: MakePool, claude: Any, wait_until: Callable[..., None]
+) -> None:
+    pool = make_pool(1)
+    kind = claude({"session": True}, memory_growth_mb=60)
+    first = pool.submit_agent(kind, "hello").result(30)
+    for _ in range(3):
+        assert pool.submit_agent(kind, "hello").result(30)["session_id"] == first["session_id"]
+    assert pool.submit_agent(kind, "GROW 100").result(30)["session_id"] == first["session_id"]
+    wait_until(lambda: pool.get_pool_stats()["counters"]["recycled"].get("memory") == 1, "it was not recycled")
+    assert pool.submit_agent(kind, "hello").result(30)["session_id"] != first["session_id"]
+
+
+def test_no_more_of_a_kind_run_at_once_than_it_says(make_pool: MakePool, tmp_path: Path) -> None:
+    class Exclusive(Agent):
+        def run(self, prompt: str, *args: Any, **kwargs: Any) -> bool:
+            import time
+
+            try:
+                os.mkdir(prompt)
+            except FileExistsError:
+                return False
+            time.sleep(0.05)
+            os.rmdir(prompt)
+            return True
+
+    pool = make_pool(3)
+    kind = AgentKind(name="exclusive", agent=Exclusive, concurrency=1)
+    futures = [pool.submit_agent(kind, str(tmp_path / "inside")) for _ in range(9)]
+    assert all(future.result(30) for future in futures)
+
+
 def test_the_files_of_a_directory_run(make_pool: MakePool, program: str, tmp_path: Path) -> None:
     folder = tmp_path / "agents"
     folder.mkdir()

@@ -31,6 +31,12 @@ class TestKind:
         assert kind.options == {"memory_limit_mb": 300, "timeout": 5, "priority": 2, "retry": 3}
         assert AgentKind(name="s", agent=Summarizer).options == {}
 
+    def test_its_concurrency_is_the_limit_of_its_group(self) -> None:
+        kind = AgentKind(name="s", agent=Summarizer, concurrency=2, expected_memory_mb=300, memory_growth_mb=50)
+        assert kind.options == {"group": "s", "group_limit": 2, "expected_memory_mb": 300, "memory_growth_mb": 50}
+        with pytest.raises(SettingsError, match="agent kind 's': concurrency must be greater than 0"):
+            AgentKind(name="s", agent=Summarizer, concurrency=0)
+
     def test_a_program_keeps_to_its_timeout_itself_and_the_pools_is_the_net(self) -> None:
         kind = AgentKind(name="c", agent="claude", timeout=60)
         assert kind.options == {"timeout": 70.0}
