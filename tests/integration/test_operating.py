@@ -23,7 +23,8 @@ MakePool = Callable[..., AgentPool]
 
 
 def hold(gate: str) -> int:
-    """Runs until somebody makes that file."""
+    """Runs until somebody makes that file; a file beside it says that it has begun."""
+    Path(gate + ".begun").touch()
     while not os.path.exists(gate):
         time.sleep(0.005)
     return os.getpid()
@@ -234,7 +235,7 @@ class TestKillWorker:
     def test_a_task_that_may_run_twice_does(self, make_pool: MakePool, gate: Path, wait_until: WaitUntil) -> None:
         pool = make_pool(1)
         future = pool.options(retry=2).submit(hold, str(gate))
-        wait_until(future.running, "it runs")
+        wait_until(gate.with_name("gate.begun").exists, "it runs")
         (worker,) = workers(pool)
         pool.kill_worker(worker["id"])
         gate.touch()
@@ -284,9 +285,9 @@ def test_a_closed_pool_says_so(make_pool: MakePool) -> None:
 
 def test_a_pool_that_shuts_down_can_be_hurried(make_pool: MakePool, gate: Path, wait_until: WaitUntil) -> None:
     pool = make_pool(1)
-    stuck = pool.submit(time.sleep, 600)
+    stuck = pool.submit(hold, str(gate.with_name("never")))
     futures = [pool.submit(hold, str(gate)) for _ in range(2)]
-    wait_until(stuck.running, "it runs")
+    wait_until(gate.with_name("never.begun").exists, "it runs")
     pool.shutdown(wait=False)
     with pytest.raises(PoolClosedError, match="can be neither paused nor resumed"):
         pool.pause()
