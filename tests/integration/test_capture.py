@@ -336,7 +336,7 @@ class TestLogging:
 
         future = make_pool().options(capture_output=True, capture_logging="INFO").submit(task)
         assert isinstance(future.exception(LONG), ValueError)
-        assert [type(event) for event in future.events()] == [Output, Log, Progress]
+        assert list(dict.fromkeys(type(event) for event in future.events())) == [Output, Log, Progress]  # it may be cut
 
 
 class TestWhatItCosts:
