@@ -74,7 +74,7 @@ PRESETS: Final[dict[str, Preset]] = {
             rules=_CLAUDE_RULES,
             events=claude_events,
             oldest=(2, 0),
-            checked="2.1.330, 2.1.197",
+            checked="2.1.330",
             install="npm install -g @anthropic-ai/claude-code, or pip install claude-agent-sdk, which brings it along",
             options={
                 "model": ("--model", "{}"),
