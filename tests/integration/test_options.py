@@ -218,7 +218,7 @@ def test_breaker_settings_that_are_refused(name: str, value: Any) -> None:
         ({"block": None}, "block must be"),
         ({"retry": -1}, "retry must be the number of attempts"),
         ({"retry": "3"}, "retry must be a number of attempts, a RetryPolicy or"),
-        ({"retries": 3}, "unknown option retries; known are block, expected_memory_mb, group"),
+        ({"retries": 3}, "unknown option retries; known are block, capture_logging, capture_output"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
