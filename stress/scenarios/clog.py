@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
-from agentpool.config import TaskOptions
 from stress import procs, work
 from stress.scenarios import Scenario
 
@@ -17,8 +15,6 @@ AGENTS: Final = 56
 AGENT_MB: Final = 60
 #: With its interpreter, and a little more.
 EXPECTED_MB: Final = 90
-#: Whether a pool can be told so. Where not, its throttle has to hold them back.
-IS_EXPECTED: Final = "expected_memory_mb" in {field.name for field in fields(TaskOptions)}
 #: What the machine has to spare when the run begins, whatever it has: for four of them.
 SPARE_MB: Final = 400
 
@@ -29,16 +25,15 @@ def play(run: Run) -> None:
     run.recorder.spare_mb, run.recorder.floor_mb = SPARE_MB, floor_mb
     run.facts |= {"MB that all at once would take": AGENTS * AGENT_MB, "MB to spare": SPARE_MB,
                   "MB that must stay available": round(floor_mb)}
-    options: dict[str, Any] = {"expected_memory_mb": EXPECTED_MB} if IS_EXPECTED else {}
     for _ in run.budget():
-        run.submit("agent", work.hold, AGENT_MB, 0.5, **options)
+        run.submit("agent", work.hold, AGENT_MB, 0.5, expected_memory_mb=EXPECTED_MB)
     run.calm(1)
     run.facts["MB that stayed available"] = round(run.recorder.least_available_mb)
 
 
 def settings(run: Run) -> Mapping[str, Any]:
     """As many workers as agents: it is memory alone that bounds them."""
-    return {"min_available_mb": run.recorder.floor_mb} | ({} if IS_EXPECTED else {"max_concurrent": 4})
+    return {"min_available_mb": run.recorder.floor_mb}
 
 
 # Where another program takes what is to spare, nothing begins until it has given it back.
