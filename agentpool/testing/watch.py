@@ -164,6 +164,16 @@ def _event(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
         return withdrawn
 
+    if name == "host_sampled":
+
+        @wraps(method)
+        def measured(self: Any, *args: Any, **kwargs: Any) -> None:
+            self.held = {one.id: max(one.rss_bytes, self.held.get(one.id, 0)) for one in self.workers.values()}
+            method(self, *args, **kwargs)
+            _examine(self)
+
+        return measured
+
     @wraps(method)
     def event(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
@@ -189,6 +199,8 @@ def watched(base: type[Scheduler] = Scheduler) -> type[Scheduler]:
             #: tasks of which the end was told
             self.resolved: set[int] = set()
             self.breaker_was = self.breaker.state
+            #: the most that each worker held when its task began, and at a reading of the host since then
+            self.held: dict[int, int] = {}
 
         def note_resolved(self, task: TaskRecord) -> None:
             if task.id in self.resolved:
@@ -200,15 +212,20 @@ def watched(base: type[Scheduler] = Scheduler) -> type[Scheduler]:
             actions: list[act.Action] = super().take_actions(now)
             if not actions:
                 return actions
+            begun: list[act.Dispatch] = []
             for action in actions:
                 kind = type(action)
                 if kind is tuple:
                     if cast(act.Resolve, action)[0] == _RESOLVE:
                         self.note_resolved(cast(act.Resolve, action)[1])
+                    elif cast(act.Dispatch, action)[2].spec.expected_bytes is not None:
+                        begun.append(cast(act.Dispatch, action))
                 elif kind is act.Spawn:
                     self._look_at_start(cast(act.Spawn, action).worker)
                 elif kind is act.BreakerChanged:
                     self._look_at_breaker(cast(act.BreakerChanged, action))
+            if begun:
+                self._look_at_promises(begun)
             _examine(self)
             if (self._is_dirty or self._hungry) and (more := super().take_actions(now)):
                 raise InternalError(f"one_taking_is_enough: at the second there were {more}", story=self.story())
@@ -219,6 +236,22 @@ def watched(base: type[Scheduler] = Scheduler) -> type[Scheduler]:
             if self.breaker.state not in _ADMITS:
                 raise InternalError(f"no_start_while_open: {worker!r} is started while the breaker is "
                                     f"{self.breaker.state.label}", story=self.story())
+
+        def _look_at_promises(self, begun: list[act.Dispatch]) -> None:
+            """What all may still take is there, once for each. The core's own sum is not asked."""
+            self.held.update({worker.id: worker.rss_bytes for _, worker, _ in begun})
+            need = {
+                worker.id: max(0, worker.running.spec.expected_bytes - self.held[worker.id])
+                for worker in self.workers.values()
+                if worker.running is not None and worker.running.spec.expected_bytes is not None
+            }
+            host = self.governor.host
+            most = host.available_bytes - self.governor.floor_bytes(host)
+            # One that runs alone begins whatever there is, and who needs no more than its worker holds takes nothing.
+            is_promised = any(need[worker.id] and not task.is_alone for _, worker, task in begun)
+            if is_promised and sum(need.values()) > most:
+                raise InternalError(f"memory_is_promised_once: workers were promised {need}, {most} bytes were to be "
+                                    "had", story=self.story())
 
         def _look_at_breaker(self, change: act.BreakerChanged) -> None:
             old, new = BreakerState[change.old.upper()], BreakerState[change.new.upper()]

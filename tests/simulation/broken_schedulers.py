@@ -265,6 +265,11 @@ class KillsNobodyByHand(Scheduler):
         worker.is_ordered = True
 
 
+class PromisesTwice(Scheduler):
+    """Memory that a task was promised, and has not taken yet, is promised to the next."""
+
+    def _unseen_bytes(self, worker: WorkerRecord) -> int:
+        return 0
 
 
 #: Each with the number of schedules within which it must be found.
@@ -299,4 +304,5 @@ BROKEN: dict[type[Scheduler], int] = {
     AcceptsWhileDraining: 1000,
     KeepsTheSurplus: 3000,
     KillsNobodyByHand: 5000,
+    PromisesTwice: 1500,
 }
