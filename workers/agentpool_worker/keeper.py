@@ -370,6 +370,9 @@ class Keeper:
 
 def _take_over(keeper: socket.socket) -> tuple[int, list[int]]:
     """In a spare: wait for the id and the descriptors of the worker that it is to be."""
+    from agentpool_worker import main
+
+    main.rehearse()
     data, ancillary, _, _ = keeper.recvmsg(64, socket.CMSG_SPACE(WORKER_FDS * 4), socket.MSG_CMSG_CLOEXEC)
     if not data:
         os._exit(0)  # it is not wanted
