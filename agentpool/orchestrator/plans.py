@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Final, Literal
 
 from agentpool.agents.registry import AgentKind, kind_of
@@ -37,7 +37,6 @@ AgentKindLike = str | type[Any] | AgentKind
 Policy = Literal["required", "optional"]
 PromptMaker = Callable[[Mapping[str, Any]], str]
 
-_TASK_OPTIONS: Final = frozenset(option.name for option in fields(TaskOptions))
 #: Options of a task that are the orchestrator's own business.
 _OWN_OPTIONS: Final = frozenset({"name", "block"})
 
@@ -107,7 +106,7 @@ class PlannedAgent:
     def all_options(self) -> dict[str, Any]:
         """`options`, and what else of it is a task option."""
         expected = {} if self.expected_memory_mb is None else {"expected_memory_mb": self.expected_memory_mb}
-        return {**{name: value for name, value in expected.items() if name in _TASK_OPTIONS}, **self.options}
+        return {**expected, **self.options}
 
     @property
     def kinds(self) -> tuple[AgentKindLike, ...]:

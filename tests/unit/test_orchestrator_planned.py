@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from agentpool.agents import AgentKind
-from agentpool.config import MB, TaskOptions
+from agentpool.config import MB
 from agentpool.errors import PlanError
 from agentpool.orchestrator import REVIEWERS, Kinds, Plan, PlannedAgent, plan
 from agentpool.orchestrator.plans import label_of, nodes_of
@@ -145,7 +145,6 @@ class TestKinds:
         with pytest.raises(PlanError, match=r"'a' is expected to hold 300 MB, more than the whole budget of 200 MB"):
             Plan("x", agents=agents, budget_mb=200)
 
-    @pytest.mark.skipif(not hasattr(TaskOptions, "expected_memory_mb"), reason="pools do not reserve memory yet")
     def test_an_expectation_is_a_task_option_too(self) -> None:
         assert PlannedAgent(Kind, "a", expected_memory_mb=40).all_options == {"expected_memory_mb": 40}
         with pytest.raises(PlanError, match=r"'a': expected_memory_mb \(40\) is above hard_memory_limit_mb \(30\)"):
