@@ -21,6 +21,7 @@ from agentpool_worker.arena import (
     copy_in,
     give_back,
     map_shared,
+    parts_of,
 )
 from agentpool_worker.protocol import is_viewed
 
@@ -105,8 +106,7 @@ class Arena:
 
     def hold(self, payload: Payload, buffers: Sequence[memoryview]) -> Held | None:
         """Copy a large call into a block. None: it is not large enough, or there is no block for it."""
-        parts = payload if type(payload) is tuple else (payload,)
-        sizes = [sum(map(len, parts)), *(buffer.nbytes for buffer in buffers)]
+        parts, sizes = parts_of(payload, buffers)
         length = sum(sizes)
         if not SHARED_FROM <= length <= BLOCK or self.descriptor < 0:
             return None
@@ -117,7 +117,7 @@ class Arena:
             return None
         if block is None or view is None:
             return None
-        copy_in(block.memory, (*parts, *buffers))
+        copy_in(block.memory, parts)
         return Held(block, view, sizes)
 
     def _take(self, length: int) -> tuple[_Block | None, memoryview | None]:

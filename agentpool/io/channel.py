@@ -1,9 +1,9 @@
 """One worker's pipes and its page of shared memory: framing, buffering, never blocking.
 
 Two one-way pipes carry calls and results, a pair of sockets the wish to stop and, the other way, descriptors, one pipe
-the worker's standard error. The page tells what
-began, takes back what did not, and holds what a dying worker could not send. It knows nothing of the core: frames go
-in and out. Writing is done by whichever thread holds the pool's lock, reading by the manager thread alone.
+the worker's standard error. The page tells what began, takes back what did not, and holds what a dying worker could
+not send. It knows nothing of the core: frames go in and out. Writing is done by whichever thread holds the pool's lock,
+reading by the manager thread alone.
 """
 
 from __future__ import annotations

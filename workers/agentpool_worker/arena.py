@@ -56,6 +56,12 @@ def give_back(memory: mmap.mmap) -> None:
     memory.close()
 
 
+def parts_of(payload: Payload, buffers: Sequence[memoryview]) -> tuple[list[bytes | memoryview], list[int]]:
+    """What is to lie in a block, one after the other, and the sizes of the pickle and its buffers."""
+    pickled = payload if type(payload) is tuple else (payload,)
+    return [*pickled, *buffers], [sum(map(len, pickled)), *(buffer.nbytes for buffer in buffers)]
+
+
 def copy_in(memory: mmap.mmap, parts: Any) -> int:
     """Write the parts one after the other; returns how many bytes they are."""
     position = 0
@@ -210,15 +216,14 @@ class SharedBlocks:
         self, kind: int, payload: Payload, buffers: Sequence[memoryview]
     ) -> tuple[tuple[int, int], list[int]] | None:
         """Write a large value into a block; returns its place, and the sizes of the pickle and its buffers."""
-        parts = payload if type(payload) is tuple else (payload,)
-        sizes = [sum(map(len, parts)), *(buffer.nbytes for buffer in buffers)]
+        parts, sizes = parts_of(payload, buffers)
         length = sum(sizes)
         if kind != VALUE or not SHARED_FROM <= length <= BLOCK or self._descriptor < 0:
             return None
         if self._outlet is None:
             self._outlet = Outlet(self._descriptor, self._page, self._worker_id)
         self.is_used = True
-        place = self._outlet.put((*parts, *buffers), length)
+        place = self._outlet.put(parts, length)
         self.own_kib = self._outlet.size // 1024
         return None if place is None else (place, sizes)
 
