@@ -106,10 +106,10 @@ class HostScheduler(Scheduler):
             return self.active
         # Where no process may be started, more tasks than there are workers would only keep slots from others.
         ready = len(self.idle) + len(self.kept) + self.starting + len(self.checking)
-        waiting = self.queue_length
+        most = 0 if self.is_paused else self.settings.concurrency
+        waiting = self.startable(most)
         if waiting > ready and not self._may_start(now):
             waiting = ready
-        most = 0 if self.is_paused else self.settings.concurrency
         return max(self.active, min(most, self.active + waiting))
 
     def _needs(self, count: int) -> list[int]:

@@ -105,6 +105,28 @@ class Sessions(Rationing):
             return bool(self.idle) and (session is None or session.current in (None, task))
         return session.worker.state is _IDLE and session.current in (None, task)
 
+    def startable(self, most: int) -> int:
+        """Queued tasks that neither their group nor their session holds up; `most` is enough.
+
+        What they lack is a place in the budget, a worker, or memory.
+        """
+        queue = self.queue
+        count = len(self.isolated) + queue.plain_length
+        for line in queue.lines.values() if queue.line_length else ():
+            if count >= most:
+                break
+            head = line.peek()
+            if head is not None:
+                count += max(0, min(self._startable_room(head), len(line)))
+        return count
+
+    def _startable_room(self, head: TaskRecord) -> int:
+        session = head.spec.session
+        if session is None or session.worker is None:
+            return self._line_room(head)
+        is_free = session.worker.state is _IDLE and session.current in (None, head)
+        return min(1, self._group_room(head)) if is_free else 0
+
     # -- the end of a session ------------------------------------------------------------------------------------
 
     def close_session(self, now: float, session: SessionRecord) -> None:

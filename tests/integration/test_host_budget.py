@@ -228,6 +228,25 @@ def _eat(megabytes: int) -> None:
     time.sleep(600 + len(eaten) % 2)
 
 
+@pytest.mark.parametrize("kind", ["group", "session"])
+def test_no_slot_is_kept_for_tasks_that_their_group_or_session_holds_up(
+    kind: str, directory: str, make_pool: Callable[..., AgentPool], wait_until: Callable[..., None]
+) -> None:
+    first, second = (make_pool(2, budget=HostBudget(agents=2, directory=directory)) for _ in range(2))
+    one_at_a_time = first.options(group="g", group_limit=1) if kind == "group" else first.session(key="s")
+    held_up = [one_at_a_time.submit(time.sleep, 600) for _ in range(3)]
+    wait_until(held_up[0].running, "nothing runs")
+    assert first.get_pool_stats()["host_budget"]["slots"] == 1
+    other = second.submit(time.sleep, 600)
+    wait_until(other.running, "the first pool has the slot that it cannot use")
+    assert first.get_pool_stats()["host_budget"]["slots"] == 1
+    assert not _waiting(directory), "the first pool stands in line for a slot that it could not use"
+    for future in held_up[:0:-1]:
+        assert future.cancel()
+    assert held_up[0].kill()
+    assert other.kill()
+
+
 def test_idle_slots_are_given_back_and_the_pool_leaves(directory: str, make_pool: Callable[..., AgentPool],
                                                        wait_until: Callable[..., None]) -> None:
     pool = make_pool(1, budget=HostBudget(directory=directory), idle_timeout=0.2)

@@ -100,6 +100,33 @@ class TestOrder:
         waiting = bench.submit(session=session, group="g", group_limit=1)
         assert waiting.state is TaskState.QUEUED
 
+    def test_what_a_group_or_a_session_holds_up_is_not_startable(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench, max_workers=4, max_concurrent=1)
+        bench.do(bench.core.pause)
+        plain = bench.submit()
+        other = opened(2)
+        for _ in range(3):
+            bench.submit(session=session)
+            bench.submit(session=other)
+            bench.submit(group="g", group_limit=2)
+        assert bench.core.startable(99) == 1 + 1 + 1 + 2
+        assert bench.core.startable(0) == 1, "lines are not looked at where enough is known"
+        assert bench.do(bench.core.cancel, plain)
+        assert bench.core.startable(99) == 1 + 1 + 2
+        bench.exit(worker, -9)
+        assert bench.core.startable(99) == 1 + 2, "what was in the lost session is resolved"
+
+    def test_what_runs_holds_up_those_behind_it(self, make_bench) -> None:
+        bench, session, _ = pinned(make_bench, max_workers=4, max_concurrent=4)
+        bench.submit(session=session)
+        for _ in range(2):
+            bench.submit(session=session)
+            bench.submit(group="g", group_limit=1)
+        (worker,) = bench.spawned()
+        bench.ready(worker)
+        assert bench.core.active == 2
+        assert (bench.core.queue_length, bench.core.startable(99)) == (3, 0)
+
 
 class TestTheEnd:
     def test_closing_retires_the_worker(self, make_bench) -> None:
