@@ -419,6 +419,7 @@ class TaskOptions:
     expected_memory_mb: what the worker's process tree is expected to use while it runs the task. It is reserved: the
         task begins when so much is available, less `min_available_mb` and what others were promised and use not yet.
     group, group_limit: of all tasks of this group no more than so many run at once; others overtake those that wait.
+        Each waits by its own limit, where those of one group differ.
     capture_output: what the task, C code in it and processes that it starts write to standard output and error comes
         as `Output` events of its future, and goes nowhere else.
     capture_logging: what it logs with the standard `logging` at this level or above ("INFO", or a number) comes as
