@@ -36,13 +36,10 @@ class LinedQueue(TaskQueue):
         #: tasks in all lines together
         self.line_length = 0
 
-    def __len__(self) -> int:
-        return self._length + self.line_length
-
     @property
     def plain_length(self) -> int:
         """Tasks that stand in no line."""
-        return self._length
+        return self.length - self.line_length
 
     def __iter__(self) -> Iterator[TaskRecord]:
         """The queued tasks in the order in which they would run if no line held one up."""
@@ -55,10 +52,10 @@ class LinedQueue(TaskQueue):
         line = task.spec.line
         if line is None:
             self._lane(task.spec.priority).append(task)
-            self._length += 1
         else:
             self._line(line).push(task)
             self.line_length += 1
+        self.length += 1
 
     def push_front(self, task: TaskRecord) -> None:
         """Queue a task before those of its priority: it had its turn already and was given back."""
@@ -68,6 +65,7 @@ class LinedQueue(TaskQueue):
         else:
             self._line(line).push_front(task)
             self.line_length += 1
+            self.length += 1
 
     def _line(self, line: object) -> TaskQueue:
         found = self.lines.get(line)
@@ -91,6 +89,7 @@ class LinedQueue(TaskQueue):
         """Take the first task out of its line."""
         self.lines[head.spec.line].pop()
         self.line_length -= 1
+        self.length -= 1
 
     def discard(self, task: TaskRecord | None = None) -> None:
         """Account for a task that left the queue by leaving state QUEUED; None: a plain one."""
@@ -99,6 +98,7 @@ class LinedQueue(TaskQueue):
         else:
             self.lines[task.spec.line].discard()
             self.line_length -= 1
+            self.length -= 1
 
     def clear(self) -> list[TaskRecord]:
         """Empty the queue; returns what was queued, in order."""

@@ -24,7 +24,7 @@ _COMPACT_ABOVE: Final = 64
 class TaskQueue:
     """Tasks in state QUEUED. `len()` counts only those."""
 
-    __slots__ = ("_dropped", "_front", "_lanes", "_length", "_order")
+    __slots__ = ("_dropped", "_front", "_lanes", "_order", "length")
 
     def __init__(self) -> None:
         self._lanes: dict[int, deque[TaskRecord]] = {}
@@ -32,13 +32,13 @@ class TaskQueue:
         self._order: list[int] = []
         #: the lane of the highest priority, where there is one
         self._front: deque[TaskRecord] = deque()
-        #: tasks in the lanes in state QUEUED
-        self._length = 0
+        #: `len()` of this queue, for the hot path, where a call would count
+        self.length = 0
         #: the others
         self._dropped = 0
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __iter__(self) -> Iterator[TaskRecord]:
         """The queued tasks in the order in which they will run."""
@@ -59,12 +59,12 @@ class TaskQueue:
     def push(self, task: TaskRecord) -> None:
         """Queue a task behind those of its priority."""
         self._lane(task.spec.priority).append(task)
-        self._length += 1
+        self.length += 1
 
     def push_front(self, task: TaskRecord) -> None:
         """Queue a task before those of its priority: it had its turn already and was given back."""
         self._lane(task.spec.priority).appendleft(task)
-        self._length += 1
+        self.length += 1
 
     def peek(self) -> TaskRecord | None:
         """The next task, left where it is; None: the queue is empty."""
@@ -90,14 +90,14 @@ class TaskQueue:
         if task is None:
             raise IndexError("pop from an empty queue")
         self._front.popleft()
-        self._length -= 1
+        self.length -= 1
         return task
 
     def discard(self) -> None:
         """Account for one task that left the queue by leaving state QUEUED."""
-        self._length -= 1
+        self.length -= 1
         self._dropped += 1
-        if self._dropped > _COMPACT_ABOVE and self._dropped > self._length:
+        if self._dropped > _COMPACT_ABOVE and self._dropped > self.length:
             # While nothing can run, nothing comes to the front: without this, tasks that time out would pile up.
             self._lanes = {
                 priority: lane
@@ -114,5 +114,5 @@ class TaskQueue:
         self._lanes.clear()
         self._order.clear()
         self._front = deque()
-        self._length = self._dropped = 0
+        self.length = self._dropped = 0
         return tasks

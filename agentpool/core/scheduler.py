@@ -78,7 +78,7 @@ class Scheduler(Sessions):
             raise PoolClosedError("the pool is draining: it finishes what it accepted, and takes nothing new until "
                                   "pool.resume()")
         limit = self.settings.max_pending
-        if limit is not None and len(self.queue) >= limit:
+        if limit is not None and self.queue.length >= limit:
             self._is_room_wanted = True
             raise QueueFullError(
                 f"{limit} tasks are queued already (max_pending); wait for results, raise max_pending, or submit with "
@@ -90,7 +90,7 @@ class Scheduler(Sessions):
         self.unresolved += 1
         task.queued_at = now
         if self.active < self.concurrency:
-            if (self.idle and not self.queue and not self.isolated and self.alone is None and not is_one_of_many
+            if (self.idle and not self.queue.length and not self.isolated and self.alone is None and not is_one_of_many
                     and task.spec.line is None):
                 self._run(now, self._choose(task), task)
                 return
@@ -289,7 +289,7 @@ class Scheduler(Sessions):
         queue = self.queue
         if self.isolated:
             self._place_isolated(now)
-        while (queue and (self.idle or queue.line_length) and self.active < self.concurrency
+        while (queue.length and (self.idle or queue.line_length) and self.active < self.concurrency
                and not self._is_reserved()):
             if queue.line_length:
                 found = self._next_in_line(now)
@@ -486,7 +486,7 @@ class Scheduler(Sessions):
         self.active -= 1
         if self.overhang:
             self.overhang = max(0, self.active - self.concurrency)
-        if self.queue or self.isolated:
+        if self.queue.length or self.isolated:
             self._is_dirty = True
         if worker.state is not _BUSY:
             return  # killed meanwhile: its death will be observed
@@ -499,5 +499,5 @@ class Scheduler(Sessions):
         else:
             self._over_in_a_row = 0
             self._now_idle(now, worker)
-            if self.queue:
+            if self.queue.length:
                 self._hungry.append(worker)
