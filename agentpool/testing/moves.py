@@ -93,7 +93,9 @@ class Moves:
             if process.obey():
                 has_moved = True
                 continue
-            while self._acknowledges(process) or move_on(process, self._task_in(process), is_last=is_last):
+            while process.may_move or process.channel.control:
+                if not self._acknowledges(process) and not move_on(process, self._task_in(process), is_last=is_last):
+                    break
                 has_moved = True
         for keeper in machine.keepers:
             while keeper.reap():

@@ -19,6 +19,7 @@ _QUEUED, _ASSIGNED, _RUNNING, _STOPPING, _WAITING_RETRY, _RESOLVED = TaskState
 _STARTING, _IDLE, _BUSY, _CHECKING, _RETIRING, _KILLED, _GONE = WorkerState
 _CLOSED, _OPEN, _HALF_OPEN, _FORCED = BreakerState
 _NOT_LIVE: Final = (_RETIRING, _KILLED)
+_STATE_COUNT: Final = len(WorkerState)
 
 #: The rules that `is_well` looks at.
 COVERED: Final = frozenset({
@@ -37,7 +38,8 @@ COVERED: Final = frozenset({
 
 def is_well(core: Scheduler) -> bool:
     """Do all rules hold?"""
-    return _pool_is_well(core) and _crew_is_well(core) and _tasks_are_well(core)
+    seen: set[int] = set()  # the ids of all tasks, each of which is in one place
+    return _pool_is_well(core) and _crew_is_well(core, seen) and _waiting_are_well(core, seen)
 
 
 def _pool_is_well(core: Scheduler) -> bool:
@@ -52,18 +54,19 @@ def _pool_is_well(core: Scheduler) -> bool:
         for worker in core.workers.values()
     ):
         return False
-    if core.concurrency > (0 if core.is_paused else settings.concurrency):
+    concurrency, active = core.concurrency, core.active
+    if concurrency > (0 if core.is_paused else settings.concurrency):
         return False
-    if core.active > core.concurrency + core.overhang:
+    if active > concurrency + core.overhang:
         return False
     share = core.share
     if share is not None and (
-        core.active > len(share.held) or core.concurrency > len(share.held) or not share.unused <= share.held.keys()
+        active > len(share.held) or concurrency > len(share.held) or not share.unused <= share.held.keys()
         or any(not 0 <= slot < share.agents for slot in share.held)
     ):
         return False
     if alone is not None and (
-        not alone.is_alone or core.active > 1 or (alone.state is not _RUNNING and alone.state is not _STOPPING)
+        not alone.is_alone or active > 1 or (alone.state is not _RUNNING and alone.state is not _STOPPING)
     ):
         return False
     state = breaker.state
@@ -73,15 +76,15 @@ def _pool_is_well(core: Scheduler) -> bool:
         return False
     if core.broken is not None and core.doom is None:
         return False
-    if core.doom is not None and (core.queue or core.isolated or core.waiting):
+    if core.doom is not None and (core.queue.length or core.isolated or core.waiting):
         return False
     if core.is_closed and (
         core.unresolved or core.workers or not core.is_closing or core.next_deadline() is not None
     ):
         return False
     return not (
-        core.queue and core.active < core.concurrency
-        and not core._is_dirty and not core._hungry and not core._is_reserved() and _could_run(core)
+        active < concurrency and not core._is_dirty and not core._hungry and core.queue.length
+        and not core._is_reserved() and _could_run(core)
     )
 
 
@@ -90,18 +93,26 @@ def _could_run(core: Scheduler) -> bool:
     return bool(core.queue.plain_length and core.idle) or any(core._could_begin(head) for head in core.queue.heads())
 
 
-def _crew_is_well(core: Scheduler) -> bool:
-    idle, checking = core.idle, core.checking
-    has_doom, idle_timeout = core.doom is not None, core.settings.idle_timeout
-    live = starting = active = idling = in_check = probes = rss = leaving = reserved = 0
+def _crew_is_well(core: Scheduler, seen: set[int]) -> bool:
+    """The workers, each and together; adds the ids of their tasks."""
+    tally = [0] * _STATE_COUNT
+    active = probes = rss = leaving = reserved = places = 0
     has_rations, has_sessions = bool(core.groups), bool(core.sessions)
     for worker in core.workers.values():
-        state, running, timer = worker.state, worker.running, worker.state_timer
+        state, running, backlog = worker.state, worker.running, worker.backlog
+        tally[state] += 1
         rss += worker.rss_bytes
         reserved += worker.reserved_bytes
+        probes += worker.is_probe
+        leaving += worker.is_leaving
         has_sessions |= worker.session is not None
-        if running is not None:
+        if running is None:
+            if backlog or state is _BUSY or worker.ration is not None or worker.reserved_bytes:
+                return False
+        else:
             active += 1
+            places += 1 + len(backlog)
+            seen.add(running.id)
             if running.spec.line is not None:
                 has_rations = True
                 has_sessions |= running.spec.session is not None
@@ -109,53 +120,62 @@ def _crew_is_well(core: Scheduler) -> bool:
                     return False
             elif worker.ration is not None or worker.reserved_bytes:
                 return False
-        elif worker.ration is not None or worker.reserved_bytes:
-            return False
-        if state is _BUSY:
-            live += 1
-            if running is None:
+            if not _running_is_well(worker, state, running):
                 return False
-        elif running is not None and state is not _KILLED:
-            return False
-        elif state is _IDLE:
-            live += 1
-            idling += 1
-            place = idle if worker.session is None else core.kept
-            if worker.id not in place or (idle_timeout and (timer is None or timer.handler is None)):
-                return False
-        else:
-            if timer is None or timer.handler is None:
-                return False
-            if state is _STARTING:
-                live += 1
-                starting += 1
-            elif state is _CHECKING:
-                live += 1
-                in_check += 1
-                if worker.id not in checking:
+            for task in backlog:
+                seen.add(task.id)
+                if task.state is not _ASSIGNED or task.worker is not worker or not _waits_well(task, None):
                     return False
-            elif state is _GONE:
-                return False
-        if not _worker_is_well(worker, state, running):
+        if not _worker_is_well(core, worker, state):
             return False
-        if has_doom and state is not _KILLED and state is not _RETIRING:
-            return False
-        probes += worker.is_probe
-        leaving += worker.is_leaving
+    idle = core.idle
     if len(idle) > 1:
         since = [worker.idle_since for worker in idle.values()]
         if since != sorted(since):
             return False
-    if has_rations and not _rations_are_well(core):
-        return False
-    if has_sessions and not _sessions_are_well(core):
-        return False
     return (
-        live == core.live and reserved == core.reserved_bytes and starting == core.starting
-        and active == core.active and rss == core.pool_bytes
-        and leaving == core.leaving and idling == len(idle) + len(core.kept) and in_check == len(checking)
-        and probes <= 1 and bool(probes) is core.breaker.is_probing
+        tally[_STARTING] == core.starting and tally[_CHECKING] == len(core.checking)
+        and tally[_IDLE] == len(idle) + len(core.kept) and not tally[_GONE]
+        and tally[_STARTING] + tally[_CHECKING] + tally[_IDLE] + tally[_BUSY] == core.live
+        and (core.doom is None or tally[_KILLED] + tally[_RETIRING] == len(core.workers))
+        and active == core.active and rss == core.pool_bytes and reserved == core.reserved_bytes
+        and leaving == core.leaving and probes <= 1 and bool(probes) is core.breaker.is_probing
+        and places == len(seen)
+        and (not has_rations or _rations_are_well(core)) and (not has_sessions or _sessions_are_well(core))
     )
+
+
+def _worker_is_well(core: Scheduler, worker: WorkerRecord, state: WorkerState) -> bool:
+    """It is where its state says, with the timers of that state."""
+    timer, backlog_timer, limit = worker.state_timer, worker.backlog_timer, worker.task_limit
+    if state is _CHECKING and worker.id not in core.checking:
+        return False
+    if state is _IDLE:
+        place = core.idle if worker.session is None else core.kept
+        if worker.id not in place or (core.settings.idle_timeout and (timer is None or timer.handler is None)):
+            return False
+    elif state is not _BUSY and (timer is None or timer.handler is None):
+        return False
+    if backlog_timer is not None and backlog_timer.handler is None:
+        return False
+    if limit is not None and worker.tasks_done + len(worker.backlog) + (worker.running is not None) > limit:
+        return False
+    if state is not _STARTING and state is not _KILLED:
+        return worker.baseline_bytes is not None and not worker.is_probe
+    return True
+
+
+def _running_is_well(worker: WorkerRecord, state: WorkerState, task: TaskRecord) -> bool:
+    """The task that a worker runs."""
+    if state is not _BUSY and state is not _KILLED:
+        return False
+    if task.worker is not worker or task.attempts <= 0 or task.first_started_at is None:
+        return False
+    timer = task.timer
+    is_timed = timer is not None and timer.handler is not None
+    if task.state is _RUNNING:
+        return task.stop is None and is_timed is (task.spec.timeout is not None)
+    return task.state is _STOPPING and task.stop is not None and (is_timed or state is _KILLED)
 
 
 def _sessions_are_well(core: Scheduler) -> bool:
@@ -205,73 +225,34 @@ def _rations_are_well(core: Scheduler) -> bool:
     )
 
 
-def _worker_is_well(worker: WorkerRecord, state: WorkerState, running: TaskRecord | None) -> bool:
-    backlog, limit, timer = worker.backlog, worker.task_limit, worker.backlog_timer
-    if backlog and running is None:
-        return False
-    if timer is not None and timer.handler is None:
-        return False
-    if limit is not None and worker.tasks_done + len(backlog) + (running is not None) > limit:
-        return False
-    if state is not _STARTING and state is not _KILLED:
-        return worker.baseline_bytes is not None and not worker.is_probe
-    return True
-
-
-def _tasks_are_well(core: Scheduler) -> bool:
-    seen: set[int] = set()
-    places = 0
-    for worker in core.workers.values():
-        task = worker.running
-        if task is None:
-            continue
-        places += 1
-        seen.add(task.id)
-        if task.worker is not worker or task.attempts <= 0 or task.first_started_at is None:
-            return False
-        state, timer = task.state, task.timer
-        if state is _RUNNING:
-            if task.stop is not None or (timer is not None and timer.handler is not None) is not (
-                task.spec.timeout is not None
+def _waiting_are_well(core: Scheduler, seen: set[int]) -> bool:
+    """The queues and those who wait for a retry; `seen` has the ids of all others."""
+    queue, most = core.queue, core.settings.max_pending
+    lanes = [*queue._lanes.values()]
+    for line in queue.lines.values():
+        lanes += line._lanes.values()
+    held, pending, found = len(seen), 0, 0
+    for lane in lanes:
+        for task in lane:
+            if task.state is not _QUEUED:
+                continue  # it was dropped
+            found += 1
+            seen.add(task.id)
+            timer = task.timer
+            # `_waits_well` written out: of all places this is where most tasks are.
+            if (
+                task.worker is not None or task.is_isolated or task.stop is not None
+                or (timer is not None and timer.handler is not None) is (task.spec.queue_timeout is None)
             ):
                 return False
-        elif state is not _STOPPING or task.stop is None or (
-            (timer is None or timer.handler is None) and worker.state is not _KILLED
-        ):
-            return False
-        for task in worker.backlog:
-            places += 1
-            seen.add(task.id)
-            if task.state is not _ASSIGNED or task.worker is not worker or not _waits_well(task, None):
-                return False
-    if not _queued_is_well(core, seen):
-        return False
-    places += len(core.queue) + len(core.isolated) + len(core.waiting)
-    return places == core.unresolved == len(seen)
-
-
-def _queued_is_well(core: Scheduler, seen: set[int]) -> bool:
-    """The queues and those who wait for a retry; adds their ids."""
-    pending = found = 0
-    for task in core.queue:
-        found += 1
-        seen.add(task.id)
-        timer = task.timer
-        # `_waits_well` written out: of all places this is where most tasks are.
-        if (
-            task.state is not _QUEUED or task.worker is not None or task.is_isolated or task.stop is not None
-            or (timer is not None and timer.handler is not None) is (task.spec.queue_timeout is None)
-        ):
-            return False
-        if task.is_returned:
-            if task.attempts < 0 or (task.attempts == 0) is not (task.first_started_at is None):
-                return False
-        else:
-            pending += 1
-            if task.attempts or task.first_started_at is not None:
-                return False
-    most = core.settings.max_pending
-    if found != len(core.queue) or (most is not None and pending > most):
+            if task.is_returned:
+                if task.attempts < 0 or (task.attempts == 0) is not (task.first_started_at is None):
+                    return False
+            else:
+                pending += 1
+                if task.attempts or task.first_started_at is not None:
+                    return False
+    if found != queue.length or (most is not None and pending > most):
         return False
     for task in core.isolated:
         seen.add(task.id)
@@ -283,7 +264,7 @@ def _queued_is_well(core: Scheduler, seen: set[int]) -> bool:
         seen.add(task.id)
         if task.state is not _WAITING_RETRY or task.worker is not None or not _waits_well(task, 0.0):
             return False
-    return True
+    return len(seen) == core.unresolved == held + found + len(core.isolated) + len(core.waiting)
 
 
 def _waits_well(task: TaskRecord, limit: float | None) -> bool:

@@ -28,7 +28,7 @@ __all__ = ["Failure", "Report", "Schedule", "Simulator", "simulate"]
 Step = tuple[str, int, int]
 
 #: Of so many schedules one is looked at by the rules themselves instead of `quickcheck`.
-_THOROUGH_EVERY = 64
+_THOROUGH_EVERY = 128
 #: Tenacity leaves tracebacks in circles: collected after so many schedules.
 _COLLECT_EVERY = 5000
 
@@ -107,8 +107,6 @@ class Report:
     #: times that `quickcheck` saw a broken rule and the rules did not: it is to be brought up to date
     disagreements: int = 0
     failures: list[Failure] = field(default_factory=list)
-
-
 
 
 class Simulator:

@@ -17,8 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any, Final
 
@@ -99,6 +98,21 @@ class _Condition:
 
     def notify_all(self) -> None:
         self._stage.notified += 1
+
+
+class _AsUser:
+    """Written out, as `contextmanager` costs more than most of what is done in such a block."""
+
+    __slots__ = ("_before", "_stage")
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._before, self._stage.thread = self._stage.thread, USER
+
+    def __exit__(self, *_: object) -> None:
+        self._stage.thread = self._before
 
 
 class _Thread:
@@ -256,14 +270,9 @@ class Stage:
         finally:
             self.thread = USER
 
-    @contextmanager
-    def as_user(self) -> Iterator[None]:
+    def as_user(self) -> _AsUser:
         """In the block another thread than the manager's calls."""
-        before, self.thread = self.thread, USER
-        try:
-            yield
-        finally:
-            self.thread = before
+        return _AsUser(self)
 
     def let_others_in(self) -> None:
         """The manager is about to take its lock: others are quicker."""

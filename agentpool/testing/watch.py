@@ -214,16 +214,15 @@ def watched(base: type[Scheduler] = Scheduler) -> type[Scheduler]:
                 return actions
             begun: list[act.Dispatch] = []
             for action in actions:
-                kind = type(action)
-                if kind is tuple:
-                    if cast(act.Resolve, action)[0] == _RESOLVE:
-                        self.note_resolved(cast(act.Resolve, action)[1])
-                    elif cast(act.Dispatch, action)[2].spec.expected_bytes is not None:
-                        begun.append(cast(act.Dispatch, action))
-                elif kind is act.Spawn:
-                    self._look_at_start(cast(act.Spawn, action).worker)
-                elif kind is act.BreakerChanged:
-                    self._look_at_breaker(cast(act.BreakerChanged, action))
+                if isinstance(action, tuple):
+                    if action[0] == _RESOLVE:
+                        self.note_resolved(action[1])
+                    elif action[2].spec.expected_bytes is not None:
+                        begun.append(action)
+                elif isinstance(action, act.Spawn):
+                    self._look_at_start(action.worker)
+                elif isinstance(action, act.BreakerChanged):
+                    self._look_at_breaker(action)
             if begun:
                 self._look_at_promises(begun)
             _examine(self)

@@ -104,25 +104,25 @@ class World(Moves):
         self.retry_blocked()
         if seconds is not None and seconds <= 0:
             return
-        machine, stage = self.machine, self.stage
-        until = None if seconds is None else machine.clock.now + seconds
+        until = None if seconds is None else self.machine.clock.now + seconds
+        with self.stage.as_user():
+            self._others_go_on(until)
+
+    def _others_go_on(self, until: float | None) -> None:
         steps = self._steps
         while steps:
             step = steps.pop()
             if step[0] == "turn":
                 if self._sleep(until):
-                    machine.order = step[1]
+                    self.machine.order = step[1]
                     return
             elif step[0] == "behave":
-                with stage.as_user():
-                    self.be_kind()
+                self.be_kind()
                 if self._sleep(until):
                     return
             else:
-                with stage.as_user():
-                    self._apply(step)
-        with stage.as_user():
-            self._end(until)
+                self._apply(step)
+        self._end(until)
 
     def _sleep(self, until: float | None) -> bool:
         """The manager's thread is let go on. False: it would sleep for ever."""
