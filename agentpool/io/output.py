@@ -51,6 +51,10 @@ class TaskOutput:
                 break
         return found
 
+    def rest(self, name: str) -> str:
+        """What was read of a character whose other bytes will not come."""
+        return self._decoders[name].decode(b"", final=True)
+
     def close(self) -> None:
         """Who still writes gets an error, or a SIGPIPE."""
         while self.open:

@@ -50,11 +50,12 @@ class Outputs:
             self._read_all(link, task_id, output)
 
     def end(self, link: Link, frames: Iterable[Frame]) -> None:
-        """Of tasks that have ended with these frames nothing more is read."""
+        """Of tasks that end with these frames nothing more is read. Before the core hears of their end."""
         for frame in frames:
             if frame.kind in _LAST and (output := link.outputs.pop(frame.task_id, None)) is not None:
-                for descriptor in output.open.values():
+                for name, descriptor in output.open.items():
                     self._reactor.unwatch(descriptor)
+                    self._tell(link, frame.task_id, name, [(b"", output.rest(name))])
                 output.close()
 
     def _read(self, link: Link, task_id: int, output: TaskOutput, name: str) -> None:

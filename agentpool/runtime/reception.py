@@ -116,8 +116,10 @@ class Reception:
         """Turn frames into events. Values that nobody here must look into, nearly all there is, become one."""
         if link.outputs:
             self._outputs.read_all(link)
+            self._outputs.end(link, frames)
         values: list[Frame] = []
-        for frame in frames:
+        rest = iter(frames)
+        for frame in rest:
             if frame.kind == protocol.VALUE and frame.task_id not in link.wanted_values:
                 if not values:
                     self._events.append(partial(self._values_came, link, values))
@@ -125,8 +127,8 @@ class Reception:
             else:
                 values = []
                 self._receive(link, frame)
-        if link.outputs:
-            self._outputs.end(link, frames)
+                if frame.kind == protocol.OUTPUT:  # of a task that may have ended with what is left of these frames
+                    self._receive_all(link, list(rest))
 
     def _values_came(self, link: Link, frames: list[Frame], now: float) -> None:
         """Under the lock. The hot path: what `_finished` does, for many."""

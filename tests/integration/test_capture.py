@@ -119,7 +119,9 @@ class TestOutput:
                 os.write(1, bytes([byte]))
             os.write(1, b"\xff\xe4")
 
-        assert text(make_pool().options(capture_output=True).submit(task)) == "Grüße, 世界\ufffd\ufffd"
+        captured = make_pool(1).options(capture_output=True)
+        said = {text(captured.submit(task)) for _ in range(30)}  # whether the pipes' ends are seen is a race
+        assert said == {"Grüße, 世界\ufffd\ufffd"}
 
     def test_c_code_that_holds_the_interpreter_and_fills_a_pipe_does_not_hang(self, make_pool: MakePool) -> None:
         def task() -> int:
