@@ -470,9 +470,10 @@ class TaskOptions:
         _check(isinstance(self.block, bool), f"block must be True or False, got {self.block!r}")
 
     @property
-    def is_captured(self) -> bool:
-        """What the task writes or logs is wanted."""
-        return self.capture_output or self.capture_logging is not None
+    def captured(self) -> tuple[bool, int | None] | None:
+        """Whether what the task writes is wanted, and from which level on what it logs; None: neither."""
+        return (self.capture_output, self.logging_level) if self.capture_output or self.capture_logging is not None \
+            else None
 
     @property
     def logging_level(self) -> int | None:

@@ -127,7 +127,7 @@ class AgentPool(Submitting, Operating):
         waits while all are taken; closing it, or leaving its `with` block, retires that worker.
         Raises SettingsError, and PoolClosedError after shutdown.
         """
-        return self._sessions.open(self._manager, self._options, self._spec, key, idle_timeout)
+        return self._sessions.open(self, key, idle_timeout)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class PoolView(Submitting):
         self._manager = pool._manager
         self._options = options
         self._spec = spec_of(options)
-        self._captures = options.is_captured
+        self._captured = options.captured
 
     def options(self, **options: Unpack[TaskOptionsDict]) -> PoolView:
         """A view with some options replaced again."""
@@ -219,7 +219,7 @@ class PoolView(Submitting):
         self, key: str | None = None, *, idle_timeout: float | None = DEFAULT_SESSION_IDLE_TIMEOUT
     ) -> Session:
         """As `AgentPool.session`, with this view's options for its tasks."""
-        return self._pool._sessions.open(self._manager, self._options, self._spec, key, idle_timeout)
+        return self._pool._sessions.open(self, key, idle_timeout)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shuts down the pool itself."""

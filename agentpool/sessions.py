@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import wait as wait_for
@@ -14,11 +15,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from agentpool.config import TaskOptions, check_session
+from agentpool.config import check_session
 from agentpool.core.failures import fresh
 from agentpool.core.records import SessionRecord, TaskSpec
 from agentpool.errors import PoolClosedError, SessionLostError
-from agentpool.runtime.manager import Manager
 from agentpool.submitting import Submitting
 
 if TYPE_CHECKING:
@@ -37,16 +37,17 @@ class Session(Submitting):
     for its tasks. `submit` raises SessionLostError once the session is lost, PoolClosedError once it is closed.
     """
 
-    def __init__(
-        self, manager: Manager, options: TaskOptions, spec: TaskSpec, key: str | None, idle_timeout: float | None
-    ) -> None:
-        self._manager = manager
-        self._options = options
-        self._captures = options.is_captured
-        self._record = SessionRecord(next(_numbers), key, idle_timeout)
-        self._spec = replace(spec, session=self._record, key=None)
+    def __init__(self, source: Submitting, record: SessionRecord, futures: deque[AgentFuture[Any]]) -> None:
+        #: the pool or view, kept since a pool ends when nobody holds it
+        self._source = source
+        self._manager = source._manager
+        self._options = source._options
+        self._given = source._given
+        self._captured = source._captured
+        self._record = record
+        self._spec = replace(source._spec, session=record, key=None)
         #: not settled when last looked at; for those who wait for the end
-        self._futures: deque[AgentFuture[Any]] = deque()
+        self._futures = futures
 
     @property
     def key(self) -> str | None:
@@ -56,7 +57,7 @@ class Session(Submitting):
     @property
     def closed(self) -> bool:
         """No more tasks are accepted: it was closed, or lost, or its pool is shut down."""
-        return self._record.is_closed or self._record.error is not None or self._manager.core.is_closing
+        return self._record.is_over or self._manager.core.is_closing
 
     @property
     def lost(self) -> SessionLostError | None:
@@ -109,23 +110,29 @@ class Session(Submitting):
 
 
 class Sessions:
-    """The open sessions of one pool, by key."""
+    """The open sessions of one pool, by key.
+
+    Holds no `Session`, as each holds its pool: a pool that nobody else holds ends.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_key: dict[str, Session] = {}
+        self._lock = threading.Lock()  # guards both dicts
+        self._by_key: dict[str, tuple[SessionRecord, deque[AgentFuture[Any]]]] = {}
+        self._held: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
 
-    def open(
-        self, manager: Manager, options: TaskOptions, spec: TaskSpec, key: str | None, idle_timeout: float | None
-    ) -> Session:
-        """A new session, or the open one of that key. Raises SettingsError, and PoolClosedError."""
+    def open(self, source: Submitting, key: str | None, idle_timeout: float | None) -> Session:
+        """A new session of that pool or view, or the open one of that key. Raises as `AgentPool.session` does."""
         check_session(key, idle_timeout)
-        manager.check_open()
+        source._manager.check_open()
         if key is None:
-            return Session(manager, options, spec, key, idle_timeout)
+            return Session(source, SessionRecord(next(_numbers), key, idle_timeout), deque())
         with self._lock:
-            self._by_key = {name: session for name, session in self._by_key.items() if not session.closed}
-            session = self._by_key.get(key)
+            self._by_key = {name: known for name, known in self._by_key.items() if not known[0].is_over}
+            known = self._by_key.get(key)
+            session = self._held.get(key)
+            if known is None:
+                known = self._by_key[key] = SessionRecord(next(_numbers), key, idle_timeout), deque()
+                session = None
             if session is None:
-                session = self._by_key[key] = Session(manager, options, spec, key, idle_timeout)
+                session = self._held[key] = Session(source, *known)
             return session

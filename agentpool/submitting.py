@@ -33,6 +33,8 @@ __all__ = ["Submitting", "pickling_error", "spec_of"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+#: As `TaskOptions.captured` has it.
+Captured = tuple[bool, int | None] | None
 
 #: Functions that are found by their names, and what stands for them in calls. Bounded by clearing.
 _references: dict[FunctionType, bytes] = {}
@@ -48,9 +50,9 @@ class Submitting(Executor):
     #: the options that the view was given, over those of the pool
     _given: frozenset[str] = frozenset()
     #: what tasks of an agent ask for, by kind or class; with the key itself, as equal kinds need not be the same
-    _agent_specs: dict[Any, tuple[Any, TaskSpec]] | None = None
+    _agent_specs: dict[Any, tuple[Any, TaskSpec, Captured]] | None = None
     #: what tasks write or log comes as events
-    _captures = False
+    _captured: Captured = None
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"an {type(self).__name__} cannot be sent to a worker or copied; make a pool inside the task")
@@ -63,8 +65,8 @@ class Submitting(Executor):
         Raises PoolClosedError after shutdown, the InitializerError of a broken pool, and QueueFullError (see `block`).
         """
         try:
-            if self._captures:
-                payload, buffers = self._serialize_captured(fn, args, kwargs)
+            if self._captured is not None:
+                payload, buffers = _serialize_captured(self._captured, fn, args, kwargs)
             else:
                 payload, buffers = _serialize(fn, args, kwargs)
         except KeyboardInterrupt:
@@ -92,18 +94,9 @@ class Submitting(Executor):
         future.set_exception(error)
         return future
 
-    def _serialize_captured(
-        self, fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Payload, Sequence[memoryview]]:
-        """The call, in another one that has its worker pass on what it writes and logs."""
-        from agentpool_worker import capture
-
-        options = self._options
-        return protocol.dumps((capture.run, (options.capture_output, options.logging_level, fn, args, kwargs), {}))
-
     def _submit_chunk(self, fn: Callable[..., Any], columns: Sequence[Sequence[Any]]) -> AgentFuture[Any]:
         """Several calls as one task. Without cloudpickle where plain pickle is known to do, as in `_serialize`."""
-        if type(fn) is FunctionType and all(map(protocol.is_flat, columns)) and not self._captures:
+        if type(fn) is FunctionType and all(map(protocol.is_flat, columns)) and self._captured is None:
             reference = _references.get(fn) or _make_reference(fn)
             if reference and not _is_sent_by_value(fn.__module__):
                 payload = protocol.call_by_name(_CHUNK, (fn, columns), {})
@@ -127,10 +120,10 @@ class Submitting(Executor):
         target = kind if found is None else found.target
         cls = base.resolve(cast(Any, target))
         name = base.kind_name(cast(Any, target))
-        spec = self._agent_spec(cls, name, found)
+        spec, captured = self._agent_spec(cls, name, found)
         try:
-            if self._captures:
-                payload, buffers = self._serialize_captured(protocol.run_agent, (target, prompt, kwargs), {})
+            if captured is not None:
+                payload, buffers = _serialize_captured(captured, protocol.run_agent, (target, prompt, kwargs), {})
             else:
                 payload, buffers = protocol.dumps((protocol.run_agent, (target, prompt, kwargs), {}))
         except KeyboardInterrupt:
@@ -139,14 +132,14 @@ class Submitting(Executor):
             return self._refuse(pickling_error(error, cls, (prompt,), kwargs))
         return self._accept(payload, buffers, spec, name)
 
-    def _agent_spec(self, cls: type, name: str, kind: AgentKind | None) -> TaskSpec:
+    def _agent_spec(self, cls: type, name: str, kind: AgentKind | None) -> tuple[TaskSpec, Captured]:
         """What the tasks of an agent ask for: by the view, else the kind, else the class, else the pool."""
         key = cls if kind is None else kind
         if self._agent_specs is None or len(self._agent_specs) >= _REMEMBERED:
             self._agent_specs = {}
         known = self._agent_specs.get(key)
         if known is not None and known[0] is key:
-            return known[1]
+            return known[1:]
         options = self._options
         if kind is not None:
             options = options.updated({what: value for what, value in kind.options.items() if what not in self._given})
@@ -159,8 +152,8 @@ class Submitting(Executor):
                 spec = replace(spec, policy=agent_retry(lost_workers=is_idempotent))
             elif is_idempotent:
                 spec = replace(spec, policy=compile_policy(IDEMPOTENT_ATTEMPTS))
-        self._agent_specs[key] = (key, spec)
-        return spec
+        self._agent_specs[key] = (key, spec, options.captured)
+        return spec, options.captured
 
     def map(
         self,
@@ -259,6 +252,15 @@ def _serialize(fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         if reference and not _is_sent_by_value(fn.__module__):
             return protocol.call_by_name(reference, args, kwargs), ()
     return protocol.dumps((fn, args, kwargs))
+
+
+def _serialize_captured(
+    captured: tuple[bool, int | None], fn: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Payload, Sequence[memoryview]]:
+    """The call, in another one that has its worker pass on what it writes and logs."""
+    from agentpool_worker import capture
+
+    return protocol.dumps((capture.run, (*captured, fn, args, kwargs), {}))
 
 
 def _make_reference(fn: FunctionType) -> bytes:

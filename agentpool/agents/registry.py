@@ -43,6 +43,8 @@ _OPTIONS: Final = {
     "hard_memory_limit_mb": "hard_memory_limit_mb",
     "expected_memory_mb": "expected_memory_mb",
     "concurrency": "group_limit",
+    "capture_output": "capture_output",
+    "capture_logging": "capture_logging",
 }
 
 
@@ -54,8 +56,8 @@ class AgentKind:
     agent: a class, the name of a stock agent ("claude", "command", ...), or "module:Class".
     config: keywords that the class is made with in the worker; plain data. Empty: it is made without.
     description: what it is good for, in words.
-    memory_limit_mb, memory_growth_mb, hard_memory_limit_mb, timeout, priority: as in `TaskOptions`; None: as the pool
-        says.
+    memory_limit_mb, memory_growth_mb, hard_memory_limit_mb, timeout, priority, capture_output, capture_logging: as in
+        `TaskOptions`; None: as the pool says.
     timeout: agent programs interrupt themselves after it, and stay in use.
     retry: as in `TaskOptions`. Where nobody says anything, agent programs get `agentpool.agents.agent_retry()`, and
         what is `idempotent` three attempts for a lost worker.
@@ -78,6 +80,8 @@ class AgentKind:
     concurrency: int | None = None
     priority: int | None = None
     idempotent: bool | None = None
+    capture_output: bool | None = None
+    capture_logging: int | str | None = None
     source: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 

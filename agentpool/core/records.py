@@ -96,6 +96,11 @@ class SessionRecord:
         self.used_at = 0.0
         self.timer: Timer | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """It was closed, or lost."""
+        return self.is_closed or self.error is not None
+
     def __repr__(self) -> str:
         return f"<session {self.id} {self.key or ''} in {self.worker!r}, {self.unresolved} tasks>"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from agentpool import AgentFuture, AgentPool, SettingsError, WorkerCrashedError
+from agentpool import AgentFuture, AgentKind, AgentPool, SettingsError, WorkerCrashedError
 from agentpool.events import Event, Log, Output, Progress
 
 # Workers need not import this module, and pytest with it.
@@ -242,6 +242,24 @@ class TestOutput:
         future = captured.submit(coroutine)
         assert (future.result(LONG), text(future)) == (3, "from a coroutine\n")  # type: ignore[comparison-overlap]
         assert list(captured.map(abs, [-1, -2, -3], chunksize=2)) == [1, 2, 3]
+
+    def test_where_a_kind_of_agents_asks_for_it_and_the_view_says_nothing(self, make_pool: MakePool) -> None:
+        class Talker:
+            def run(self, prompt: str) -> str:
+                print(f"thinking of {prompt}")
+                logging.getLogger("talker").info("thought")
+                return prompt
+
+        kind = AgentKind(name="talker", agent=Talker, capture_output=True, capture_logging="INFO")
+        pool = make_pool(1)
+        future = pool.submit_agent(kind, "rain")
+        assert (future.result(LONG), text(future)) == ("rain", "thinking of rain\n")
+        assert logged(future) == [("INFO", "talker", "thought")]
+        assert logged(pool.options(capture_logging=None).submit_agent(kind, "rain")) == []
+        quiet = pool.options(capture_output=True).submit_agent(kind.updated(capture_output=False), "rain")
+        assert text(quiet) == "thinking of rain\n"
+        loud = kind.updated(capture_output=False, capture_logging="ERROR")
+        assert list(pool.submit_agent(loud, "rain").events()) == []
 
     def test_of_the_tasks_of_a_session(self, make_pool: MakePool) -> None:
         with make_pool().options(capture_output=True, capture_logging="INFO").session("talk") as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -13,7 +14,16 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from agentpool import AgentPool, PoolClosedError, SessionLostError, SettingsError, TaskTimeoutError, WorkerCrashedError
+from agentpool import (
+    Agent,
+    AgentKind,
+    AgentPool,
+    PoolClosedError,
+    SessionLostError,
+    SettingsError,
+    TaskTimeoutError,
+    WorkerCrashedError,
+)
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that workers need not import pytest
 
@@ -102,6 +112,36 @@ def test_the_open_session_of_a_key_is_found_again(make_pool: MakePool) -> None:
     assert fresh is not first
     assert fresh.submit(remember, "new").result(30)[1] == ["new"]
     fresh.close()
+
+
+def test_a_session_keeps_its_pool_and_the_pool_does_not_keep_itself(wait_until: WaitUntil) -> None:
+    session = AgentPool(1, cpu_threshold_percent=100).options(timeout=60).session("user-7")
+    gc.collect()
+    pid, _ = session.submit(remember, "hello").result(30)
+    manager = session._manager
+    del session
+    wait_until(lambda: manager.is_finished, "nobody holds the pool, and it goes on")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_the_open_session_of_a_key_goes_on_where_nobody_held_it(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.session("user-7").submit(remember, "hello").result(30)
+    assert pool.session("user-7").submit(remember, "again").result(30)[1] == ["hello", "again"]
+    pool.session("user-7").close()
+    assert pool.session("user-7").submit(remember, "new").result(30)[1] == ["new"]
+
+
+def test_options_of_its_view_go_before_those_of_an_agents_kind(make_pool: MakePool, gate: Path) -> None:
+    class Holding(Agent):
+        def run(self, prompt: str, *args: object, **kwargs: object) -> int:
+            return hold(prompt)
+
+    kind = AgentKind(name="holding", agent=Holding, timeout=60)
+    session = make_pool(1).options(timeout=0.2).session()
+    with pytest.raises(TaskTimeoutError):
+        session.submit_agent(kind, str(gate)).result(30)
 
 
 def test_more_sessions_than_workers_take_turns(make_pool: MakePool) -> None:

@@ -31,6 +31,12 @@ class TestKind:
         assert kind.options == {"memory_limit_mb": 300, "timeout": 5, "priority": 2, "retry": 3}
         assert AgentKind(name="s", agent=Summarizer).options == {}
 
+    def test_its_output_and_logging_can_be_captured(self) -> None:
+        kind = AgentKind(name="s", agent=Summarizer, capture_output=True, capture_logging="INFO")
+        assert kind.options == {"capture_output": True, "capture_logging": "INFO"}
+        with pytest.raises(SettingsError, match="agent kind 's': capture_logging must be None, a level's number or"):
+            AgentKind(name="s", agent=Summarizer, capture_logging="LOUD")
+
     def test_its_concurrency_is_the_limit_of_its_group(self) -> None:
         kind = AgentKind(name="s", agent=Summarizer, concurrency=2, expected_memory_mb=300, memory_growth_mb=50)
         assert kind.options == {"group": "s", "group_limit": 2, "expected_memory_mb": 300, "memory_growth_mb": 50}
