@@ -297,14 +297,14 @@ def test_a_plan_that_stops_on_failure(pool: AgentPool, tmp_path: Path, wait_unti
     assert states(report) == {"long": "stopped", "short": "failed", "later": "skipped"}
     assert report.ending == "failure"
     assert report.agents[0].error == "stopped: the required agent short failed"
-    assert not is_alive(int(mark.read_text()))  # run_plan waited for its end
+    wait_until(lambda: not is_alive(int(mark.read_text())), "its worker was not retired")
 
 
 # -- budgets ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_budget_of_time_stops_what_runs_and_keeps_what_there_is(
-    pool: AgentPool, tmp_path: Path, is_alive: IsAlive
+    pool: AgentPool, tmp_path: Path, wait_until: Wait, is_alive: IsAlive
 ) -> None:
     mark = tmp_path / "mark"
     began = time.monotonic()
@@ -323,7 +323,7 @@ def test_the_budget_of_time_stops_what_runs_and_keeps_what_there_is(
     long = report.agents[1]
     assert long.error == "stopped: the budget of 6 s is spent"
     assert (long.attempts, len(long.tries)) == (1, 1)  # no fallback
-    assert not is_alive(int(mark.read_text()))
+    wait_until(lambda: not is_alive(int(mark.read_text())), "its worker was not retired")
     assert "Ended early: the budget of 6 s is spent" in report.to_text()
     assert pool.submit(os.getpid).result(20)  # the pool goes on
 
