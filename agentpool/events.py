@@ -134,7 +134,7 @@ class ToolUse(Event):
 class Usage(Event):
     """What an agent used. is_total: by the whole task so far, and not by one call of a model.
 
-    cost_usd: None where it is not known.
+    input_tokens: those that no cache had. cost_usd: None where it is not known.
     """
 
     kind: ClassVar[str] = "usage"

@@ -11,14 +11,12 @@ from typing import Any, Final, Literal
 
 from agentpool.config import MB
 from agentpool_worker.agents.rendering import jsonable, printable, render_result
+from agentpool_worker.agents.tokens import token_counts
 
 __all__ = ["AgentOutcome", "AgentTry", "OrchestrationReport", "cost_of", "partial_report", "usage_of"]
 
 AgentState = Literal["succeeded", "failed", "skipped", "stopped"]
 
-#: What a provider or an agent program calls them.
-_TOKENS: Final = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
-                  "total_tokens")
 _COSTS: Final = ("cost_usd", "total_cost_usd")
 
 
@@ -260,10 +258,8 @@ def _first_line(text: str | None) -> str:
 
 
 def usage_of(result: object) -> dict[str, int] | None:
-    """The tokens that a result, or an exception, names in its `usage`."""
-    usage = _field(result, "usage")
-    counts = {name: _field(usage, name) for name in _TOKENS}
-    return {name: count for name, count in counts.items() if type(count) is int} or None
+    """The tokens that a result, or an exception, names in its `usage`, by the names of the event `Usage`."""
+    return token_counts(_field(result, "usage")) or None
 
 
 def cost_of(result: object) -> float | None:

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.timeout(240)
 HELLO = "Hello from the local server."
 #: A prompt that a careless template makes options of.
 ODD = "--help me, please; $(id) 'and' so on"
+#: More than Linux takes in one argument: 128 KiB.
+LONG = f"What does this say? {'words and words and ' * 10_000} {ODD}"
 
 MakePool = Callable[..., AgentPool]
 Program = Callable[[str], str]
@@ -203,6 +205,8 @@ def test_codex(program: Program, make_pool: MakePool, api: Any, surroundings: di
     assert answers[0]["usage"]["output_tokens"] == 5
     assert answers[0]["session_id"]
     assert all("MARMALADE" in said for said in api.requests)
+    assert pool.submit_agent(kind, LONG).result(120)["answer"] == HELLO
+    assert any(LONG in said for said in api.requests)
     refused = pool.submit_agent(kind, "ERR 401")
     with pytest.raises(AgentRejectedError):
         refused.result(120)
@@ -222,6 +226,8 @@ def test_llm(program: Program, make_pool: MakePool, api: Any, surroundings: dict
     assert pool.submit_agent(kind, ODD).result(60)["answer"] == HELLO
     assert "MARMALADE" in json.dumps(api.bodies[-1])
     assert ODD in api.requests
+    assert pool.submit_agent(kind, LONG).result(60)["answer"] == HELLO
+    assert LONG in api.requests
     with pytest.raises(AgentRejectedError):
         pool.submit_agent(kind, "ERR 401").result(60)
 
@@ -234,9 +240,12 @@ def test_gemini(program: Program, make_pool: MakePool, api: Any, surroundings: d
         "command": program("gemini"), "model": "gemini-2.5-flash",
         "env": {"GEMINI_API_KEY": "dummy", "GOOGLE_GEMINI_BASE_URL": api.url, "GEMINI_CLI_TRUST_WORKSPACE": "true"},
     })
-    answer = make_pool(1).submit_agent(kind, ODD).result(120)
+    pool = make_pool(1)
+    answer = pool.submit_agent(kind, ODD).result(120)
     assert answer["answer"] == HELLO
     assert any(ODD in said for said in api.requests)
+    assert pool.submit_agent(kind, LONG).result(120)["answer"] == HELLO
+    assert any(LONG in said for said in api.requests)
     assert answer["usage"]
 
 
@@ -247,9 +256,12 @@ def test_opencode(program: Program, make_pool: MakePool, api: Any, surroundings:
         "options": {"baseURL": f"{api.url}/v1", "apiKey": "dummy"}}}}))
     kind = AgentKind(name="opencode", agent="opencode", config={
         "command": program("opencode"), "model": "local/local", "cwd": str(folder)})
-    answer = make_pool(1).submit_agent(kind, ODD).result(120)
+    pool = make_pool(1)
+    answer = pool.submit_agent(kind, ODD).result(120)
     assert answer["answer"] == HELLO
     assert any(ODD in said for said in api.requests)
+    assert pool.submit_agent(kind, LONG).result(120)["answer"] == HELLO
+    assert any(LONG in said for said in api.requests)
 
 
 def test_copilot(program: Program, make_pool: MakePool, api: Any, surroundings: dict[str, str]) -> None:
@@ -257,6 +269,9 @@ def test_copilot(program: Program, make_pool: MakePool, api: Any, surroundings: 
         "command": program("copilot"), "model": "local",
         "env": {"COPILOT_PROVIDER_BASE_URL": f"{api.url}/v1", "COPILOT_PROVIDER_TYPE": "openai",
                 "COPILOT_PROVIDER_API_KEY": "dummy", "COPILOT_OFFLINE": "true"}})
-    answer = make_pool(1).submit_agent(kind, ODD).result(120)
+    pool = make_pool(1)
+    answer = pool.submit_agent(kind, ODD).result(120)
     assert answer["answer"] == HELLO
     assert any(ODD in said for said in api.requests)
+    assert pool.submit_agent(kind, LONG).result(120)["answer"] == HELLO
+    assert any(LONG in said for said in api.requests)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from agentpool.orchestrator.reports import cost_of, usage_of
 from agentpool_worker.agents import failures
 from agentpool_worker.agents.cli import Claude, CliAgent
 from agentpool_worker.agents.failures import (
@@ -112,6 +113,43 @@ def test_errors_are_classified(claude: Make, session: bool, status: int, kind: t
 def test_an_answer_that_is_marked_as_an_error_is_none(claude: Make, session: bool) -> None:
     with pytest.raises(AgentAnswerError, match=r"error_max_turns.*Reached the turn limit"):
         claude(session=session).run("LIMIT")
+
+
+def test_an_error_says_what_it_cost_all_the_same(claude: Make) -> None:
+    with pytest.raises(AgentAnswerError) as caught:
+        claude().run("LIMIT")
+    assert (caught.value.cost_usd, caught.value.usage) == (0.25, {"input_tokens": 10, "output_tokens": 0})
+    assert cost_of(caught.value) == 0.25
+    assert usage_of(caught.value) == {"input_tokens": 10, "output_tokens": 0}
+
+
+#: More than Linux takes in one argument: 128 KiB.
+LONG = "words and words and " * 10_000
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_a_long_prompt_goes_to_standard_input(claude: Make, session: bool) -> None:
+    assert claude(session=session).run(LONG)["answer"] == f"You said: {LONG.strip()} (1)"
+
+
+def test_a_directory_that_is_not_there_is_named(claude: Make) -> None:
+    with pytest.raises(AgentProgramError, match=r"cannot start '.*' in directory /nonexistent: No such file"):
+        claude().run("hello", cwd="/nonexistent")
+
+
+def test_an_argument_that_is_too_long_is_named_with_the_cure(claude: Make, program: str) -> None:
+    def made(agent: CliAgent) -> CliAgent:
+        agent.setup()
+        return agent
+
+    words = r"Argument list too long: its argument %s, has [\d,]+ bytes, and the system takes 131,071 in one; .*input"
+    with pytest.raises(AgentProgramError, match=words % r"1, '--prompt=words and .*"):
+        made(CliAgent(command=program, argv=["--prompt={prompt}"])).run(LONG)
+    with pytest.raises(AgentProgramError, match=words % r"6, 'words and .*"):
+        claude(system_prompt=LONG).run("hello")
+    many = made(CliAgent(command=program, argv=["{prompt}"] * 30))
+    with pytest.raises(AgentProgramError, match=r"its arguments \([\d,]+ bytes\) and its environment are more than"):
+        many.run(LONG[:120_000])
 
 
 def test_a_program_that_dies_says_its_last_words(claude: Make) -> None:

@@ -63,6 +63,13 @@ def test_it_is_the_stock_agent_command() -> None:
     assert not CommandAgent.idempotent
 
 
+def test_an_argument_that_is_too_long_is_named_with_the_cure(agent: CommandAgent) -> None:
+    result = agent.run("a label", argv=["true", "x" * 200_000])
+    assert result["exit_code"] == 126
+    assert b"cannot start 'true': Argument list too long: its argument 1, 'xxx" in result["stderr"]
+    assert b"hand it over on standard input" in result["stderr"]
+
+
 def test_captures_both_streams_apart_and_reports_the_exit_code(agent: CommandAgent) -> None:
     before = time.time()
     result = agent.run("a label", argv=["sh", "-c", "echo out; echo err >&2; exit 3"])

@@ -19,6 +19,7 @@ from agentpool_worker.agents.failures import (
 from agentpool_worker.agents.presets import PRESETS
 from agentpool_worker.agents.reading import OutputReader, Rule
 from agentpool_worker.agents.session import DOUBT_SECONDS, SETTLE_SECONDS, Turn
+from agentpool_worker.agents.tokens import token_counts
 
 
 def lines(*objects: dict[str, Any]) -> list[bytes]:
@@ -30,6 +31,28 @@ def read(preset: str, output: list[bytes]) -> tuple[OutputReader, list[Any]]:
     reader = OutputReader(chosen.form, chosen.rules, chosen.events)
     events = [event for line in output for event in reader.feed(line)]
     return reader, events + reader.finish()
+
+
+class TestTokens:
+    """One set of names, whatever the programs call them."""
+
+    @pytest.mark.parametrize(("usage", "counts"), [
+        ({"input_tokens": 9, "output_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2},
+         {"input_tokens": 9, "output_tokens": 5, "cache_read_tokens": 3, "cache_write_tokens": 2}),  # claude
+        ({"input_tokens": 9, "cached_input_tokens": 3, "output_tokens": 5},
+         {"input_tokens": 6, "output_tokens": 5, "cache_read_tokens": 3}),  # codex
+        ({"input": 9, "output": 5, "reasoning": 1, "cache": {"read": 3, "write": 0}},
+         {"input_tokens": 9, "output_tokens": 5, "cache_read_tokens": 3, "cache_write_tokens": 0}),  # opencode
+        ({"gemini-2.5-pro": {"api": {}, "tokens": {"prompt": 8, "candidates": 5, "total": 13, "cached": 2}},
+          "gemini-2.5-flash": {"tokens": {"prompt": 1, "candidates": 1, "total": 2}}},
+         {"input_tokens": 7, "output_tokens": 6, "cache_read_tokens": 2, "total_tokens": 15}),
+        ({"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14},
+         {"input_tokens": 9, "output_tokens": 5, "total_tokens": 14}),
+        ({"input_tokens": True, "output_tokens": "many"}, {}),
+        ({}, {}), (None, {}), ("usage", {}), ([1], {}),
+    ])
+    def test_counts(self, usage: object, counts: dict[str, int]) -> None:
+        assert token_counts(usage) == counts
 
 
 class TestReading:

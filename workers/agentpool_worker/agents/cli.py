@@ -26,6 +26,7 @@ from agentpool_worker.agents.presets import PRESETS, Preset, find, version_of
 from agentpool_worker.agents.program import Program
 from agentpool_worker.agents.reading import OutputReader, Reading
 from agentpool_worker.agents.session import Session
+from agentpool_worker.agents.starting import why_not_started
 from agentpool_worker.agents.telling import Teller
 
 __all__ = ["Aider", "Claude", "CliAgent", "CliAnswer", "Codex", "Copilot", "Gemini", "Llm", "OpenCode"]
@@ -202,7 +203,7 @@ class CliAgent(Agent):
             if program.exit_code is not None:
                 return
             now = time.monotonic()
-            details = {"stderr_tail": program.stderr_tail, "answer": reader.reading.answer}
+            details = {"stderr_tail": program.stderr_tail, **_known(reader.reading)}
             if timeout is not None and now - began >= timeout:
                 raise AgentTimeoutError(f"{self._label()} took longer than its timeout of {timeout:g} s and was ended",
                                         **details)
@@ -231,11 +232,8 @@ class CliAgent(Agent):
     def _start(self, argv: list[str], cwd: str | None) -> Program:
         try:
             return Program(argv, self._environment(), cwd)
-        except OSError as error:
-            where = f" in directory {cwd}" if cwd is not None else ""
-            raise AgentProgramError(f"cannot start {argv[0]!r}{where}: {error.strerror or error}") from error
-        except ValueError as error:  # a NUL in a word
-            raise AgentProgramError(f"cannot start {argv[0]!r}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise AgentProgramError(why_not_started(argv, cwd, error)) from error
 
     def _environment(self) -> dict[str, str]:
         defaults = self.preset.env if self.preset is not None else {}
@@ -268,8 +266,7 @@ class CliAgent(Agent):
             status=reading.status,
             retry_after=retry_after_seconds(words),
             stderr_tail=stderr,
-            answer="" if reading.failed else reading.answer,
-            session_id=reading.session_id,
+            **{**_known(reading), "answer": "" if reading.failed else reading.answer},
         )
 
     # -- a kept session ------------------------------------------------------------------------------------------
@@ -296,7 +293,7 @@ class CliAgent(Agent):
         try:
             session.ask(prompt, lambda line: teller.tell(reader.feed(line)), timeout, stall)
         except AgentTimeoutError as error:
-            error.answer = reader.reading.answer
+            error.__dict__.update(_known(reader.reading))
             if not session.interrupt(self._config["interrupt_seconds"]):
                 self.close()
             raise
@@ -323,6 +320,11 @@ class CliAgent(Agent):
             self._session = self._open(cwd)
             return False
         return True
+
+
+def _known(reading: Reading) -> dict[str, Any]:
+    """What an error tells of an answer that is none."""
+    return {name: getattr(reading, name) for name in ("answer", "session_id", "usage", "cost_usd")}
 
 
 def _told(prompt: str, path: str | None, out: str | None) -> str:

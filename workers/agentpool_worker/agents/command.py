@@ -239,20 +239,16 @@ def _execute(
                 bufsize=0,
             )
         except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
-            captures[1].write(_start_failure(argv, cwd, error))
+            from agentpool_worker.agents.starting import why_not_started
+
+            said = f"agentpool: {why_not_started(argv, cwd, error)}\n"
+            captures[1].write(said.encode("utf-8", "backslashreplace"))
             return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_START
         return _pump(process, stdin, captures)
     finally:
         _leave_nothing(process, captures, stop_grace)
         for capture in captures:
             capture.close()
-
-
-def _start_failure(argv: list[str], cwd: object, error: Exception) -> bytes:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    # The operating system reports a missing directory, or a script's missing interpreter, on the same number.
-    where = f" (in directory {cwd})" if cwd is not None else ""
-    return f"agentpool: cannot start {argv[0]!r}{where}: {reason}\n".encode("utf-8", "backslashreplace")
 
 
 def _pump(process: subprocess.Popen[bytes], stdin: bytes | None, captures: list[_Capture]) -> int:

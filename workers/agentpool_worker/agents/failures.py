@@ -35,7 +35,8 @@ class AgentError(Exception):
 
     program: its name. status: the HTTP status of the model's API, where it is known. retry_after: seconds that the API
     asked to wait, where it did. stderr_tail: the last that the program wrote to standard error. answer: what it said
-    before it failed. session_id: by which some programs can resume.
+    before it failed. session_id: by which some programs can resume. usage, cost_usd: what it cost all the same, where
+    the program says so.
     """
 
     #: Whether the same prompt may well succeed a little later.
@@ -47,6 +48,8 @@ class AgentError(Exception):
     stderr_tail: str = ""
     answer: str = ""
     session_id: str | None = None
+    usage: dict[str, Any] | None = None
+    cost_usd: float | None = None
 
     def __init__(self, message: str = "", **details: Any) -> None:
         super().__init__(message)

@@ -125,7 +125,7 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             name="gemini",
             program="gemini",
-            argv=("--prompt={prompt}", "-o", "json"),
+            argv=("-o", "json"),
             form="json",
             rules={
                 "answer": "response",
@@ -143,7 +143,7 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             name="copilot",
             program="copilot",
-            argv=("--prompt={prompt}", "-s"),
+            argv=("-s",),
             form="text",
             rules={},
             oldest=(1, 0),

@@ -82,7 +82,8 @@ class Program:
             if self._pidfd >= 0:
                 self._poll.register(self._pidfd, select.POLLIN)
         except BaseException:
-            if getattr(self._process, "pid", None) is not None:
+            # With a return code it was forked and could not be started: it is over, and reaped.
+            if getattr(self._process, "pid", None) is not None and self._process.returncode is None:
                 self.end(0.0)
             raise
 

@@ -9,17 +9,9 @@ from typing import Any
 
 from agentpool_worker import context
 from agentpool_worker.agents.reading import Event
+from agentpool_worker.agents.tokens import token_counts
 
 __all__ = ["Teller"]
-
-#: How the programs call their tokens.
-_TOKENS = {
-    "input_tokens": ("input_tokens", "input", "prompt_tokens"),
-    "output_tokens": ("output_tokens", "output", "completion_tokens"),
-    "cache_read_tokens": ("cache_read_input_tokens", "cached_input_tokens"),
-    "cache_write_tokens": ("cache_creation_input_tokens", "cache_write_input_tokens"),
-}
-
 
 class Teller:
     """For one prompt."""
@@ -42,7 +34,9 @@ class Teller:
                 name = data.get("name") or data.get("tool") or data.get("type") or ""
                 task.tool_use(str(name), data.get("input", data), str(data.get("id") or data.get("callID") or ""))
             elif kind == "usage":
-                task.usage(**_tokens(data.get("usage")))
+                counts: dict[str, Any] = {**token_counts(data.get("usage"))}
+                counts.pop("total_tokens", None)
+                task.usage(**counts)
             elif kind == "retry":
                 self._retries += 1
                 task.retry(
@@ -52,17 +46,6 @@ class Teller:
                     status=_whole(data.get("error_status")),
                     reason=str(data.get("error") or data.get("retry") or ""),
                 )
-
-
-def _tokens(usage: Any) -> dict[str, Any]:
-    if not isinstance(usage, dict):
-        return {}
-    found: dict[str, Any] = {}
-    for name, theirs in _TOKENS.items():
-        value = next((_whole(usage[key]) for key in theirs if key in usage), None)
-        if value is not None:
-            found[name] = value
-    return found
 
 
 def _number(value: Any) -> float | None:
