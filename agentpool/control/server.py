@@ -125,6 +125,8 @@ class ControlServer:
         self._make_operator = operator
         self._operator: Operator | None = None
         self._listener, self.path = folder.listen(path, serial)
+        #: guards the two descriptors below: who ends the pool may write to one while the thread ends, and closes it
+        self._wake_lock = threading.Lock()
         self._wake_read = self._wake_write = -1
         self._thread: threading.Thread | None = None
         self._is_closing = False
@@ -157,12 +159,18 @@ class ControlServer:
         if thread is None:
             self._close_all()
         elif thread is not threading.current_thread():
-            os.write(self._wake_write, b"x")
+            self._wake()
             thread.join(_JOIN)
+
+    def _wake(self) -> None:
+        with self._wake_lock:
+            if self._wake_write >= 0:  # else the thread has ended
+                os.write(self._wake_write, b"x")
 
     def abandon(self) -> None:
         """In a forked copy of the process: let go of all descriptors. The socket stays the parent's."""
         self._is_abandoned = True
+        self._wake_lock = threading.Lock()  # a thread that is not here may have held it
         self._close_all()
 
     def _close_all(self) -> None:
@@ -170,10 +178,11 @@ class ControlServer:
             peer.connection.close()
         self._peers.clear()
         self._listener.close()
-        for descriptor in (self._wake_read, self._wake_write):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._wake_read = self._wake_write = -1
+        with self._wake_lock:
+            for descriptor in (self._wake_read, self._wake_write):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._wake_read = self._wake_write = -1
 
     # -- the thread ----------------------------------------------------------------------------------------------
 

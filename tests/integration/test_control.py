@@ -717,6 +717,29 @@ def test_the_thread_comes_with_the_first_client_only(
     assert threads() == []
 
 
+def test_a_pool_may_end_while_the_thread_ends_by_itself(
+    make_pool: MakePool, place: str, find: Callable[[], FoundPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread notices the end at any instant, and takes the descriptor along that it would be woken by."""
+    pool = make_pool(1, control=place)
+    pool.submit(pid_of_worker).result()
+    client = find().connect()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("agentpool-control")]
+    unlink, seen = os.unlink, []
+
+    def unlink_late(path: str, **at: int) -> None:
+        if path == client.path:
+            client.close()  # which the thread notices
+            thread.join(20)
+            seen.append(thread.is_alive())
+        unlink(path, **at)
+
+    monkeypatch.setattr("agentpool.control.server.os.unlink", unlink_late)
+    pool.shutdown()
+    assert seen == [False]
+    assert pool._manager.core.broken is None
+
+
 def test_a_client_says_what_is_wrong_with_the_other_end(place: str) -> None:
     os.mkdir(place, 0o700)
     path = os.path.join(place, "1-1-00000000.sock")

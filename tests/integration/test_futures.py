@@ -567,7 +567,7 @@ def test_kill_of_a_coroutine_lets_it_clean_up(pool: AgentPool, note: Path, wait_
     async def work() -> None:
         import asyncio
 
-        say("began")
+        threading.Thread(target=say_once_it_sleeps).start()
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
@@ -575,6 +575,14 @@ def test_kill_of_a_coroutine_lets_it_clean_up(pool: AgentPool, note: Path, wait_
             raise
         finally:
             say("cleaned up")
+
+    def say_once_it_sleeps() -> None:
+        """In the middle of a step of the coroutine it would be stopped by something else than CancelledError."""
+        main = threading.main_thread().ident
+        assert main is not None
+        while sys._current_frames()[main].f_code.co_name != "select":
+            time.sleep(0.001)
+        say("began")
 
     def say(word: str) -> None:
         note.with_name(word).touch()
