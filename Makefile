@@ -7,7 +7,7 @@
 #   QUICK=1                      a short run of the benchmark, which leaves docs/benchmarks.md alone
 #   BENCH_ARGS="--cases noop"    handed to the benchmark
 #   STRESS_ARGS="--seed 7"       handed to the stress run
-#   MUTANTS="agentpool.core.breaker*"   which mutants to try once more; otherwise all that have no result yet
+#   MUTANTS="--again survived 'crew.*'"  which mutants to try once more; otherwise all that have no result yet
 
 VENV ?= .venv
 OUT ?= generated-tests
@@ -103,8 +103,8 @@ $(VENV)/.installed-mutants: pyproject.toml | $(BIN)/python
 	@touch $(VENV)/.installed-test $(VENV)/.installed-all $@
 
 # Interrupted, it goes on where it stopped; after a change it tries again what the change concerns.
-mutants: $(VENV)/.installed-mutants ## mutation testing of agentpool/core with mutmut, results in mutants/ (about 2 hours)
-	CI=1 nice -n 19 $(BIN)/mutmut run --max-children 1 $(if $(MUTANTS),'$(MUTANTS)')
+mutants: $(VENV)/.installed-mutants ## mutation testing of agentpool/core, results in mutants/ (about an hour on one core)
+	CI=1 nice -n 19 $(BIN)/python -m stress.mutants run $(MUTANTS)
 	$(BIN)/python -m stress.mutants
 
 # Installs into .acceptance what can be had, and skips the rest with the reason.

@@ -61,7 +61,7 @@ _the_test_process = os.getpid()
 
 
 def pytest_sessionstart() -> None:
-    """mutmut forks a process for each mutant and begins a session in it: that one has not escaped from anything."""
+    """`stress.mutants` forks a process for each mutant and calls this in it: that one has not escaped from anything."""
     global _the_test_process
     _the_test_process = os.getpid()
 

@@ -1,1 +1,1 @@
-"""Mutation testing of `agentpool/core` with mutmut: `make mutants`."""
+"""Mutation testing of `agentpool/core` with the mutants of mutmut: `make mutants`."""

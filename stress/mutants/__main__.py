@@ -1,37 +1,34 @@
-"""What `mutmut run` found, as Markdown: how many mutants of each module were killed, and who survived, and why.
+"""Mutation testing of `agentpool/core`: tries mutants, and says what was found, and who survived, and why.
 
-    python -m stress.mutants                      the table, and survivors that nobody has explained
+    python -m stress.mutants run [--quick] [--again STATE] [PATTERN ...]    make mutants: those without a result
+    python -m stress.mutants                                                the table, and survivors without a reason
     python -m stress.mutants --write docs/mutants.md
 
 Why a survivor is let live stands in `survivors.json`, by function and by what was changed in it, as numbers of mutants
-change with each line that is added. Exit code: 0; 1 where less than 90 % were killed, or where there is no result.
+change with each line that is added. Results of functions that are not what they were are left out: such a mutant is not
+tried yet. Exit code: 0; 1 where less than 90 % were killed, or where there is no result.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Final
 
+from stress.mutants.results import latest
+
 WANTED_PERCENT: Final = 90.0
 STATES: Final = ("killed", "timeout", "survived", "unchecked")
-#: Exit codes that mutmut notes.
-_KILLED: Final = (1, 3)
-_SURVIVED: Final = 0
-_NO_TESTS: Final = (5, 33)
 _EXPLANATIONS: Final = Path(__file__).with_name("survivors.json")
 
 
 @dataclass(frozen=True)
-class Mutant:
+class Tried:
     """One changed line. `function` is `module.Class.method`; state: killed, survived, timeout, unchecked."""
 
     function: str
@@ -44,43 +41,16 @@ class Mutant:
         return self.function, self.before, self.after
 
 
-def read(folder: Path) -> list[Mutant]:
-    """All mutants of a run of mutmut. Raises FileNotFoundError where there was none."""
-    found = [mutant for meta in sorted((folder / "agentpool/core").glob("*.meta")) for mutant in _of(meta)]
-    if not found:
-        raise FileNotFoundError(f"no results of mutmut in {folder}; make mutants")
+def read(results: Path) -> list[Tried]:
+    """All mutants of the core as it is. Raises FileNotFoundError where none was tried."""
+    from stress.mutants.generate import of_core
+
+    done = latest(results)
+    found = [Tried(one.function, done[one.key].state if one.key in done else "unchecked", one.before, one.after)
+             for one in of_core()]
+    if all(one.state == "unchecked" for one in found):
+        raise FileNotFoundError(f"no results in {results}; make mutants")
     return found
-
-
-def _of(meta: Path) -> Iterator[Mutant]:
-    source = meta.with_suffix("")
-    for key, code in json.loads(meta.read_text())["exit_code_by_key"].items():
-        mangled = key.rsplit(".", 1)[1]
-        function, number = mangled.rsplit("__mutmut_", 1)
-        name = function.removeprefix("x_") if function.startswith("x_") else function[2:].replace("ǁ", ".")
-        state = ("unchecked" if code is None else "killed" if code in _KILLED else "survived"
-                 if code == _SURVIVED or code in _NO_TESTS else "timeout")
-        before, after = "", ""
-        if state != "killed":
-            before, after = _change(source, f"{function}__mutmut_orig", f"{function}__mutmut_{number}")
-        yield Mutant(f"{source.stem}.{name}", state, before, after)
-
-
-@cache
-def _functions(source: Path) -> dict[str, list[str]]:
-    text = source.read_text()
-    lines = text.split("\n")
-    return {node.name: lines[node.lineno - 1:node.end_lineno] for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.FunctionDef)}
-
-
-def _change(source: Path, original: str, mutant: str) -> tuple[str, str]:
-    functions = _functions(source)
-    old = "\n".join(functions[original]).replace(original, "", 1)
-    new = "\n".join(functions[mutant]).replace(mutant, "", 1)
-    lines = list(difflib.unified_diff(old.split("\n"), new.split("\n"), n=0, lineterm=""))[2:]
-    return tuple(" ".join(line[1:].strip() for line in lines if line.startswith(sign))  # type: ignore[return-value]
-                 for sign in "-+")
 
 
 def explanations() -> dict[tuple[str, str, str], str]:
@@ -89,14 +59,14 @@ def explanations() -> dict[tuple[str, str, str], str]:
             for one in json.loads(_EXPLANATIONS.read_text()) for before, after in one["changes"]}
 
 
-def percent(mutants: Sequence[Mutant]) -> float:
+def percent(mutants: Sequence[Tried]) -> float:
     """Killed of all that were checked; one that never ends has been noticed too."""
     states = Counter(mutant.state for mutant in mutants)
     checked = len(mutants) - states["unchecked"]
     return 100 * (states["killed"] + states["timeout"]) / checked if checked else 0.0
 
 
-def table(mutants: Sequence[Mutant]) -> str:
+def table(mutants: Sequence[Tried]) -> str:
     """A row for each module."""
     lines = ["| module | mutants | killed | ran too long | survived | not tried | killed, % |",
              "|---|---:|---:|---:|---:|---:|---:|"]
@@ -109,9 +79,9 @@ def table(mutants: Sequence[Mutant]) -> str:
     return "\n".join(lines)
 
 
-def survivors(mutants: Sequence[Mutant], why: dict[tuple[str, str, str], str]) -> str:
+def survivors(mutants: Sequence[Tried], why: dict[tuple[str, str, str], str]) -> str:
     """Grouped by the reason, unexplained ones first."""
-    groups: dict[str, list[Mutant]] = {}
+    groups: dict[str, list[Tried]] = {}
     for mutant in mutants:
         if mutant.state == "survived":
             groups.setdefault(why.get(mutant.key, ""), []).append(mutant)
@@ -130,9 +100,19 @@ def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m stress.mutants", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("mutants"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=Path("mutants/results.jsonl"), metavar="FILE",
+                        help="default: %(default)s")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put table and survivors behind its marker")
+    tries = parser.add_subparsers(dest="command", metavar="run").add_parser("run", help="try mutants")
+    tries.add_argument("patterns", nargs="*", metavar="PATTERN", help="of these functions: 'crew.*' '*.submit'")
+    tries.add_argument("--again", action="append", default=[], choices=["killed", "survived", "timeout"],
+                       help="those with that result once more")
+    tries.add_argument("--quick", action="store_true", help="with the quick tests only, the others another time")
     options = parser.parse_args(words)
+    if options.command == "run":
+        from stress.mutants.run import run
+
+        return run(options.results, options.patterns, options.again, options.quick)
     try:
         mutants = read(options.results)
     except FileNotFoundError as error:

@@ -1,9 +1,8 @@
-"""`make mutants`: what is made of mutmut's results, and the plugin that takes its switches out of the way."""
+"""`make mutants`: a mutant in the place of its function, a run that tries some, and what is made of the results."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,83 +10,85 @@ from pathlib import Path
 import pytest
 
 from stress.mutants import __main__ as mutants
+from stress.mutants import generate
+from stress.mutants.generate import Mutant, put_in_place
+from stress.mutants.results import Result, append, latest
+from stress.mutants.run import wanted
 
-SOURCE = '''
-from collections.abc import Callable
-def switch(choices):
-    def wrapper(*args):
-        return choices["_mutmut_orig"](*args)
-    return lambda original: wrapper
-
-mutants_x_half__mutmut = {}
-half = switch(mutants_x_half__mutmut)(None)
-
-def x_half__mutmut_orig(number):
-    # of what
+ROOT = Path(mutants.__file__).parents[2]
+HALF = Mutant("home.half", "d1", 1, "return number / 2", "return number * 2",
+              "def half(number, by=2):\n    return number * by")
+DOOR = Mutant("home.House.door", "d2", 1, 'return "open"', 'return "XXopenXX"',
+              '    def door(self):\n        return "XX" + super().door()')
+WALL = Mutant("home.House.wall", "d3", 1, 'return "white"', "return None",
+              "    @staticmethod\n    def wall():\n        return None")
+HOME = '''
+def half(number, by=1):
     return number / 2
 
-def x_half__mutmut_1(number):
-    # of what
-    return number * 2
-
-mutants_x_half__mutmut["_mutmut_orig"] = x_half__mutmut_orig
-mutants_x_half__mutmut["x_half__mutmut_1"] = x_half__mutmut_1
-mutants_xǁHouseǁdoor__mutmut = {}
-
-class House:
-    door = switch(mutants_xǁHouseǁdoor__mutmut)(None)
-
-    def xǁHouseǁdoor__mutmut_orig(self):
+class Building:
+    def door(self):
         return "open"
 
-    def xǁHouseǁdoor__mutmut_1(self):
-        return "XXopenXX"
+class House(Building):
+    def door(self):
+        return super().door()
 
-    def xǁHouseǁdoor__mutmut_2(self):
-        return None
-
-mutants_xǁHouseǁdoor__mutmut["_mutmut_orig"] = House.xǁHouseǁdoor__mutmut_orig
-mutants_xǁHouseǁdoor__mutmut["xǁHouseǁdoor__mutmut_1"] = House.xǁHouseǁdoor__mutmut_1
+    @staticmethod
+    def wall():
+        return "white"
 '''
-NAMES = ("x_half__mutmut_1", "xǁHouseǁdoor__mutmut_1", "xǁHouseǁdoor__mutmut_2")
 
 
 @pytest.fixture
-def make_results(tmp_path: Path):
-    def make(*codes: int | None) -> Path:
-        core = tmp_path / "agentpool/core"
-        core.mkdir(parents=True, exist_ok=True)
-        (core / "home.py").write_text(SOURCE)
-        found = {f"agentpool.core.home.{name}": code for name, code in zip(NAMES, codes, strict=True)}
-        (core / "home.py.meta").write_text(json.dumps({"exit_code_by_key": found}))
-        return tmp_path
+def make_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """States of the three mutants, in their order; None: not tried."""
+    monkeypatch.setattr(generate, "of_core", lambda: [HALF, DOOR, WALL])
+
+    def make(*states: str | None) -> Path:
+        path = tmp_path / "results.jsonl"
+        path.unlink(missing_ok=True)
+        for mutant, state in zip((HALF, DOOR, WALL), states, strict=True):
+            if state is not None:
+                append(path, Result(*mutant.key, state, "", False, 0.1))
+        return path
 
     return make
 
 
-def test_a_mutant_is_named_by_function_and_change_which_outlive_a_renumbering(make_results) -> None:
-    half, door, other = mutants.read(make_results(0, 33, 1))
+def test_the_latest_result_counts_and_only_of_the_function_as_it_is(make_results) -> None:
+    path = make_results("survived", "survived", None)
+    append(path, Result(*DOOR.key, "killed", "test_door", True, 0.1))
+    append(path, Result("home.House.wall", "another digest", 1, "killed", "test_wall", True, 0.1))
+    half, door, wall = mutants.read(path)
     assert half.key == ("home.half", "return number / 2", "return number * 2")
-    assert (door.function, door.state, door.after) == ("home.House.door", "survived", 'return "XXopenXX"')
-    assert other.state == "killed"
+    assert (half.state, door.state, wall.state) == ("survived", "killed", "unchecked")
+
+
+def test_what_is_tried_has_no_result_or_is_asked_for_again_by_name(make_results) -> None:
+    done = latest(make_results("survived", None, "killed"))
+    everything = [HALF, DOOR, WALL]
+    assert wanted(everything, done, [], []) == [DOOR]
+    assert wanted(everything, done, [], ["survived"]) == [HALF, DOOR]
+    assert wanted(everything, done, ["*.House.*"], ["survived", "killed"]) == [DOOR, WALL]
 
 
 def test_the_table_counts_what_was_checked(make_results) -> None:
-    found = mutants.read(make_results(0, 36, None))
+    found = mutants.read(make_results("survived", "timeout", None))
     assert mutants.table(found).splitlines()[2:] == [
         "| home | 3 | 0 | 1 | 1 | 1 | 50.0 |", "| all | 3 | 0 | 1 | 1 | 1 | 50.0 |"]
 
 
 def test_it_fails_below_90_percent_and_names_who_is_not_explained(make_results, capsys) -> None:
-    assert mutants.main(["--results", str(make_results(0, 1, None))]) == 1
+    assert mutants.main(["--results", str(make_results("survived", "killed", None))]) == 1
     shown = capsys.readouterr().out
     assert "not looked at yet: home.half\n  - return number / 2\n  + return number * 2" in shown
     assert "1 were not checked" in shown
-    assert mutants.main(["--results", str(make_results(1, 3, -24))]) == 0
+    assert mutants.main(["--results", str(make_results("killed", "killed", "timeout"))]) == 0
 
 
-def test_without_a_run_it_says_what_to_do(tmp_path: Path, capsys) -> None:
-    assert mutants.main(["--results", str(tmp_path)]) == 1
+def test_without_a_run_it_says_what_to_do(make_results, capsys) -> None:
+    assert mutants.main(["--results", str(make_results(None, None, None))]) == 1
     assert "make mutants" in capsys.readouterr().err
 
 
@@ -98,7 +99,7 @@ def test_the_page_keeps_what_stands_above_the_marker_and_groups_survivors_by_rea
     monkeypatch.setattr(mutants, "explanations", lambda: why)
     page = tmp_path / "page.md"
     page.write_text(f"# Mine\n{mutants.MARKER}\nold")
-    mutants.main(["--results", str(make_results(0, 0, 1)), "--write", str(page)])
+    mutants.main(["--results", str(make_results("survived", "survived", "killed")), "--write", str(page)])
     text = page.read_text()
     assert text.startswith(f"# Mine\n{mutants.MARKER}\n\n| module")
     assert "old" not in text
@@ -118,29 +119,40 @@ def test_every_explanation_is_of_a_function_that_there_is() -> None:
         assert callable(found), name
 
 
-@pytest.mark.parametrize(("under_test", "shown"), [
-    ("agentpool.core.home.x_half__mutmut_1", "8 open True True"),
-    ("agentpool.core.home.xǁHouseǁdoor__mutmut_1", "2.0 XXopenXX True True"),
-    ("agentpool.core.other.x_half__mutmut_1", "2.0 open True True"),
-    ("stats", "2.0 open False False"),
-])
 def test_the_mutant_takes_the_place_of_the_function_wherever_it_was_imported(
-    make_results, under_test: str, shown: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process of its own, as it changes modules for good."""
+    (tmp_path / "mutated_here").mkdir()
+    (tmp_path / "mutated_here/__init__.py").touch()
+    (tmp_path / "mutated_here/home.py").write_text(HOME)
+    monkeypatch.syspath_prepend(tmp_path)
+    from mutated_here.home import House, half  # type: ignore[import-not-found]
+
+    assert (half(4), House().door(), House.wall()) == (2, "open", "white")
+    for mutant in (HALF, DOOR, WALL):
+        put_in_place(mutant, "mutated_here")
+    assert (half(4), half(4, 3), House().door(), House.wall()) == (8, 12, "XXopen", None)
+
+
+def test_a_run_tells_who_was_killed_by_what_who_survived_and_who_never_ends(tmp_path: Path) -> None:
+    """Mutants of one function made by hand, in a process of its own."""
+    results = tmp_path / "results.jsonl"
     program = """
-import importlib.util, sys, types
-from stress.mutants import binding
-spec = importlib.util.spec_from_file_location("agentpool.core.home", sys.argv[1])
-home = sys.modules["agentpool.core.home"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(home)
-user = sys.modules["user"] = types.ModuleType("user")
-user.half = home.half
-binding.pytest_collection_finish()
-print(user.half(4), home.House().door(), user.half.__name__ != "wrapper", home.House.door.__name__ != "wrapper")
+import json, sys
+from pathlib import Path
+import pytest
+from stress.mutants.generate import Mutant
+from stress.mutants.run import OPTIONS, Runner
+mutants = [Mutant("timers.TimerQueue.__len__", "d", number, "", "", source)
+           for number, source in enumerate(json.loads(sys.argv[2]))]
+runner = Runner(mutants, [], Path(sys.argv[1]), False)
+sys.exit(pytest.main([*OPTIONS, "tests/unit/test_core_timers.py"], plugins=[runner]))
 """
-    source = make_results(1, 1, 1) / "agentpool/core/home.py"
-    root = Path(mutants.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program, str(source)], capture_output=True, text=True, check=False,
-                          env=os.environ | {"MUTANT_UNDER_TEST": under_test, "PYTHONPATH": str(root)})
-    assert done.stdout.strip() == shown, done.stderr
+    sources = [f"    def __len__(self):\n        {body}" for body in (
+        "return -1", "return len(self._heap) - self._cancelled", "while True: pass", "return [0] * (1 << 31)")]
+    done = subprocess.run([sys.executable, "-c", program, str(results), json.dumps(sources)], cwd=ROOT, check=False,
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [latest(results)["timers.TimerQueue.__len__", "d", number] for number in range(4)]
+    assert [one.state for one in found] == ["killed", "survived", "timeout", "killed"]
+    assert "tests/unit/test_core_timers.py::test_" in found[0].by
