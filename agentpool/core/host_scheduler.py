@@ -7,7 +7,6 @@ what is its own and gives back what it does not use. Pure; one thread at a time,
 from __future__ import annotations
 
 from itertools import chain, islice
-from typing import Any
 
 from agentpool.config import MB, PoolSettings
 from agentpool.core.actions import Action, GiveSlots, LeaveBudget, LookAtBudget, PublishShare, TakeSlots
@@ -78,10 +77,8 @@ class HostScheduler(Scheduler):
             self._give_back(now)
             self._tell_memory()
             self._seek(now)
-        if self._actions:
-            actions = actions + self._actions
-            self._actions = []
-        return actions
+        more, self._actions = self._actions, []
+        return actions if more is actions else actions + more  # the same list where it was empty till then
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
@@ -129,6 +126,8 @@ class HostScheduler(Scheduler):
         if slots:
             self._actions.append(GiveSlots(tuple(slots)))
             self._slots_changed()
+            if share.ticket is not None:
+                self._look(is_loud=False)  # nobody tells it that the slot is free: it gave it itself
         if share.spare_since is not None and self._linger_timer is None:
             self._linger_timer = self.timers.add(share.linger_until, self._linger_over)
 
@@ -188,5 +187,4 @@ class HostScheduler(Scheduler):
 
 def expected_bytes(task: TaskRecord) -> int:
     """What the task was said to need, 0 where nothing was."""
-    said: Any = getattr(task.spec, "expected_bytes", None)
-    return int(said or 0)
+    return task.spec.expected_bytes or 0

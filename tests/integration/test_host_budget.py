@@ -228,6 +228,17 @@ def _eat(megabytes: int) -> None:
     time.sleep(600 + len(eaten) % 2)
 
 
+def test_a_task_that_says_what_it_needs_follows_one_that_did_not(
+    directory: str, make_pool: Callable[..., AgentPool]
+) -> None:
+    """The pool gives its only slot back to weigh the second task, and there is nobody to tell it that it is free."""
+    pool = make_pool(1, budget=HostBudget(agents=1, directory=directory))
+    first = pool.submit(time.sleep, 0.3)
+    second = pool.options(expected_memory_mb=10).submit(os.getpid)
+    assert first.result(timeout=20) is None
+    assert second.result(timeout=20)
+
+
 @pytest.mark.parametrize("kind", ["group", "session"])
 def test_no_slot_is_kept_for_tasks_that_their_group_or_session_holds_up(
     kind: str, directory: str, make_pool: Callable[..., AgentPool], wait_until: Callable[..., None]

@@ -9,6 +9,7 @@ import pytest
 
 from agentpool.config import MB, PoolSettings
 from agentpool.core import actions as act
+from agentpool.core.host_scheduler import HostScheduler
 from agentpool.core.invariants import check
 from agentpool.core.records import HostState, TaskRecord, TaskSpec, TreeState, WorkerExit, WorkerRecord
 from agentpool.core.scheduler import Scheduler
@@ -27,7 +28,8 @@ class Bench:
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.core = Scheduler(PoolSettings.make(**settings), seed=1)
+        made = PoolSettings.make(**settings)
+        self.core = Scheduler(made, seed=1) if made.budget is None else HostScheduler(made, seed=1)
         self.now = 0.0
         self.host: HostState | None = PLENTY
         #: what was asked for, in order, but for dispatches, outcomes and readings of the machine
