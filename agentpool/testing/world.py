@@ -22,6 +22,9 @@ __all__ = ["World"]
 
 #: Turns that the manager may take, at the end, without anything coming of them.
 _PATIENCE: Final = 600
+#: After so many of them it is late by this, in seconds: of the readings during a long wait not each needs its own turn.
+_DULL: Final = 6
+_LATE: Final = 0.25
 
 
 class World(Moves):
@@ -33,6 +36,8 @@ class World(Moves):
         stage.between = self._between
         #: what `play` has still to do, last first
         self._steps: list[tuple[str, int, int]] = []
+        #: turns since something came of one, at the end
+        self._idle_turns = 0
 
     @property
     def is_locked(self) -> bool:
@@ -49,20 +54,21 @@ class World(Moves):
         """Do all of it, then let everybody behave until the pool is closed. Raises `Violation` or `InternalError`."""
         self._steps = list(reversed(steps))
         pool, stage = self.pool, self.stage
-        turns = reached = all_turns = 0
+        reached = all_turns = 0
         while not pool.is_finished:
             if not stage.is_started:
                 self._without_a_thread()
                 continue
             stage.turn(pool)
             if self.is_ending:
-                turns += 1
+                self._idle_turns += 1
                 all_turns += 1
                 progress = self.oracle.settlements + self.oracle.begins
                 if progress != reached:
-                    turns, reached = 0, progress
-                if turns > _PATIENCE or all_turns > 10 * _PATIENCE:
-                    raise Violation("everything_ends", f"nothing comes of {turns} turns of {all_turns}", self._stuck())
+                    self._idle_turns, reached = 0, progress
+                if self._idle_turns > _PATIENCE or all_turns > 10 * _PATIENCE:
+                    raise Violation("everything_ends", f"nothing comes of {self._idle_turns} turns of {all_turns}",
+                                    self._stuck())
         self._look_back()
 
     def _without_a_thread(self) -> None:
@@ -169,6 +175,8 @@ class World(Moves):
             self.machine.clock.now = end
         elif not self._sleep(until):
             raise Violation("everything_ends", "the manager sleeps for ever", self._stuck())
+        elif self._idle_turns > _DULL and not self._reactor.has_cause:
+            self.machine.clock.now += _LATE
 
     def _make_well(self) -> None:
         machine = self.machine
