@@ -68,6 +68,7 @@ class Rationing(Operations):
             return True
         if self.is_memory_awaited or not self._is_reading_fresh(now) or not self._fits(task, worker):
             self.is_memory_awaited = True
+            self._watch_host(now)  # where no worker is left nobody else would look again
             return False
         return True
 

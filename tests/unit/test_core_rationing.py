@@ -161,6 +161,21 @@ class TestPromisedMemory:
         bench.finish(running)
         assert states([large, small, in_a_group]) == ["RUNNING"] * 3
 
+    def test_it_looks_again_where_the_last_reading_is_fresh_and_no_worker_is_left(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        (worker,) = bench.core.idle.values()
+        bench.exit(worker)
+        bench.advance(120.0)
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=800 * MB)
+        bench.do(bench.core.host_sampled, bench.host)
+        task = bench.submit(expected_bytes=600 * MB)
+        assert (task.state, bench.core.workers) == (TaskState.QUEUED, {})
+        bench.host = TIGHT
+        bench.advance(2.0)
+        (worker,) = bench.core.workers.values()
+        bench.ready(worker)
+        assert task.state is TaskState.RUNNING
+
     def test_it_waits_for_memory_without_a_worker_too(self, make_bench) -> None:
         bench = make_bench(memory_limit_mb=None)
         bench.host = HostState(total_bytes=10_000 * MB, available_bytes=800 * MB)
