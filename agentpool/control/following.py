@@ -7,7 +7,7 @@ worker wrote the channel keeps the end; what was lost in between is told as a nu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol
 
 __all__ = ["Logs", "Watch"]
@@ -57,31 +57,56 @@ class _Reader:
         return [{"worker": worker, "text": data.decode(errors="replace")} | ({"lost": lost} if lost else {})]
 
 
-class Logs:
-    """Standard error of one worker, or of all, those that come later included."""
+class LastWords(Channel, Protocol):
+    """The same of a worker that has ended: how, and at which time of the monotonic clock."""
 
-    def __init__(
-        self, channels: Callable[[], Mapping[int, Channel]], worker: int | None, *, is_followed: bool
-    ) -> None:
-        self._channels = channels
+    @property
+    def how(self) -> str:
+        """In words."""
+
+    @property
+    def at(self) -> float:
+        """In seconds."""
+
+
+class Workers(Protocol):
+    """Whose standard error there is."""
+
+    def channels(self) -> Mapping[int, Channel]:
+        """Those that live."""
+
+    def ended_workers(self, asked: Collection[int]) -> Mapping[int, LastWords]:
+        """Those that ended and of whom something is kept, and of `asked` those whose end is known."""
+
+
+class Logs:
+    """Standard error of one worker, or of all, those that come later and those that have ended included."""
+
+    def __init__(self, workers: Workers, worker: int | None, *, is_followed: bool) -> None:
+        self._workers = workers
         self._worker = worker
         self._is_followed = is_followed
         self._readers: dict[int, _Reader] = {}
+        #: workers that ended, and whose end was told
+        self._told: set[int] = set()
         self.due = 0.0
 
     def take(self, now: float) -> tuple[list[dict[str, Any]], str | None]:
         """See `server.Following`."""
         self.due = time.monotonic() + _LOOK_SECONDS
-        channels = self._channels()
-        for worker, channel in channels.items():
-            if worker not in self._readers and self._worker in (None, worker):
+        living = self._workers.channels()
+        ended = self._workers.ended_workers(self._readers if self._worker is None else [self._worker])
+        self._told &= ended.keys()
+        for worker, channel in {**ended, **living}.items():
+            if worker not in self._readers and worker not in self._told and self._worker in (None, worker):
                 self._readers[worker] = _Reader(channel)
         events: list[dict[str, Any]] = []
         for worker, reader in list(self._readers.items()):
             events += reader.read(worker)
-            if channels.get(worker) is not reader.channel:  # it is gone, and these were its last words
+            if worker not in living:  # it is gone, and these were its last words
                 del self._readers[worker]
-                events.append({"worker": worker, "ended": True})
+                self._told.add(worker)
+                events.append(_end(worker, ended.get(worker), now))
         if not self._is_followed:
             return events, "that is all that is kept"
         if self._worker is not None and not self._readers:
@@ -91,3 +116,9 @@ class Logs:
     def close(self) -> None:
         """Let go of the channels."""
         self._readers.clear()
+
+
+def _end(worker: int, words: LastWords | None, now: float) -> dict[str, Any]:
+    """None: so many have ended since that nobody knows how."""
+    how = {} if words is None else {"how": words.how, "seconds_ago": round(max(0.0, now - words.at), 1)}
+    return {"worker": worker, "ended": True, **how}

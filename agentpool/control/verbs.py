@@ -277,12 +277,12 @@ class PoolOperator:
         is_followed = arguments.flag("follow")
         arguments.nothing_else()
         manager = pool._manager
-        channels = manager.channels()
-        if worker is not None and worker not in channels:
-            present = ", ".join(map(str, sorted(channels))) or "none at present"
+        known = {*manager.channels(), *manager.ended_workers([] if worker is None else [worker])}
+        if worker is not None and worker not in known:
+            present = ", ".join(map(str, sorted(known))) or "none at present"
             raise ControlError(f"there is no worker {worker}; those whose output is kept are: {present}",
                                "no-such-worker")
-        return {"workers": sorted(channels)}, Logs(manager.channels, worker, is_followed=is_followed)
+        return {"workers": sorted(known)}, Logs(manager, worker, is_followed=is_followed)
 
 
 def _code(error: AgentPoolError) -> str:

@@ -75,6 +75,11 @@ def exit_words(exit_: WorkerExit) -> str:
     return f"exited with code {code}"
 
 
+def end_words(worker: WorkerRecord, exit_: WorkerExit) -> str:
+    """How a worker ended, and why where the pool wanted that."""
+    return exit_words(exit_) + (f" ({worker.reason})" if worker.reason else "")
+
+
 def start_words(worker: WorkerRecord, exit_: WorkerExit) -> str:
     """Why a worker never became ready, as a person would say it."""
     last_words = (exit_.story or exit_.stderr_tail).strip()[-500:]

@@ -64,6 +64,11 @@ def _page_file() -> int:
         return os.dup(file.fileno())
 
 
+def kept_since(kept: bytes, count: int, position: int) -> bytes:
+    """Of the kept end of `count` bytes: what came after the first `position`."""
+    return kept[max(0, len(kept) - max(0, count - position)) :]
+
+
 class Channel:
     """The parent's end. `arena`: where large calls and results lie, for the worker of this id; None: nowhere."""
 
@@ -346,15 +351,19 @@ class Channel:
         except BlockingIOError:
             return b""
         if data:
-            self.stderr_tail = (self.stderr_tail + data)[-STDERR_TAIL:]
-            kept, count = self._stderr_kept
-            self._stderr_kept = ((kept + data)[-STDERR_KEPT:], count + len(data))
+            self.keep_stderr(data)
         return data
+
+    def keep_stderr(self, data: bytes) -> None:
+        """The worker, or its task, wrote this to its standard error."""
+        self.stderr_tail = (self.stderr_tail + data)[-STDERR_TAIL:]
+        kept, count = self._stderr_kept
+        self._stderr_kept = ((kept + data)[-STDERR_KEPT:], count + len(data))
 
     def stderr_since(self, position: int) -> tuple[bytes, int]:
         """What came after so many bytes, as far as it is kept, and how many came in all. Any thread."""
         kept, count = self._stderr_kept
-        return kept[max(0, len(kept) - max(0, count - position)) :], count
+        return kept_since(kept, count, position), count
 
     def close(self) -> None:
         """Give back all descriptors and the page. May be called twice."""

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from agentpool.io.host import HostSampler
     from agentpool.runtime.announcer import Announcer
     from agentpool.runtime.budget import Clerk
+    from agentpool.runtime.lastwords import LastWords
     from agentpool_worker.protocol import Payload
 
 __all__ = ["Call", "Manager"]
@@ -649,6 +650,11 @@ class Manager:
         """Each worker's channel, for its standard error."""
         with self.lock:
             return {worker: link.channel for worker, link in self._staff.links.items()}
+
+    def ended_workers(self, asked: Iterable[int]) -> dict[int, LastWords]:
+        """Workers that ended lately and wrote something to their standard error, and those of `asked` that ended."""
+        with self.lock:
+            return self._reception.ended.find(asked)
 
     def _prepare_late_kills(self) -> list[tuple[TaskRecord, TaskKilledError]]:
         late_kills, self._late_kills = self._late_kills, []

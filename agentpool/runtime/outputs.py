@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
-from agentpool.io.channel import STDERR_TAIL
 from agentpool.io.output import TaskOutput
 from agentpool.io.reactor import Reactor
 from agentpool.runtime.links import Link
@@ -78,8 +77,7 @@ class Outputs:
         payloads = []
         for data, text in found:
             if name == "stderr":
-                # The last words of a crash are in its report, as always.
-                link.channel.stderr_tail = (link.channel.stderr_tail + data)[-STDERR_TAIL:]
+                link.channel.keep_stderr(data)  # the last words of a crash are in its report, as always
             if text:
                 payloads.append(pickle.dumps((time.time(), "output", (name, text)), 5))
         if payloads:

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from agentpool.core.failures import end_words
 from agentpool.core.records import TaskRecord
 from agentpool.core.scheduler import Scheduler
 from agentpool.io.reactor import Reactor
 from agentpool.io.stderr import Forwarder
 from agentpool.runtime import outcomes
+from agentpool.runtime.lastwords import Ended
 from agentpool.runtime.links import Link, Staff
 from agentpool.runtime.outcomes import Encoded
 from agentpool.runtime.outputs import Outputs
@@ -44,6 +46,8 @@ class Reception:
         self._reactor = reactor
         self._staff = Staff(core.settings, reactor, self._keeper_spoke)
         self.stderr = Forwarder()
+        #: workers that are gone
+        self.ended = Ended()
         self._outputs = Outputs(reactor, self._task_said)
         self._events: list[Event] = []
         #: what running tasks said, as (the task's handle, attempt, pickled events, events lost in the worker)
@@ -288,6 +292,7 @@ class Reception:
     def _worker_gone(self, now: float, link: Link, keeper_lost: bool) -> None:
         if self._staff.links.pop(link.worker.id, None) is link:
             exit_ = link.exit(keeper_lost=keeper_lost)
+            self.ended.add(link.worker.id, end_words(link.worker, exit_), *link.channel.stderr_since(0))
             link.close(self._reactor)
             self._core.worker_exited(now, link.worker, exit_)
 

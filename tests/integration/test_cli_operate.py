@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -222,16 +223,23 @@ def test_logs_are_printed_whole_and_followed(
     assert done.stdout.endswith("two\n")
     assert "\x1b" not in done.stdout
     assert run("logs").stdout.splitlines()[0] == "  1  one"
-    with subprocess.Popen([sys.executable, "-m", "agentpool", "logs", "-f", "1"], stdout=subprocess.PIPE, text=True,
-                          env=environment) as following:
+    with subprocess.Popen([sys.executable, "-m", "agentpool", "logs", "-f", "1"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, env=environment) as following:
         assert following.stdout is not None
         assert following.stdout.readline() == "one\n"
         assert following.stdout.readline().endswith("two\n")
         pool.submit(say, "three").result()
         assert following.stdout.readline() == "three\n"
         pool.recycle()
-        assert following.communicate(timeout=60)[0] == ""
-    assert following.returncode == 0
+        out, err = following.communicate(timeout=60)
+    assert (following.returncode, out) == (0, "")
+    assert err == "agentpool: worker 1 ended: it exited with code 0 (by hand)\n"
+    done = run("logs", "1")
+    assert done.stdout.splitlines()[0] == "one"
+    assert re.fullmatch(r"agentpool: worker 1 ended(.* ago)?: it exited with code 0 \(by hand\)\n", done.stderr)
+    (said, end) = map(json.loads, run("logs", "1", "--json").stdout.splitlines())
+    assert said["text"].endswith("three\n")
+    assert (end["ended"], end["how"]) == (True, "exited with code 0 (by hand)")
     done = run("logs", "77")
     assert done.returncode == 6
     assert "there is no worker 77" in done.stderr

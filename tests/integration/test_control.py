@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from agentpool import AgentPool, SettingsError
+from agentpool import AgentPool, SettingsError, WorkerCrashedError
 from agentpool.control import folder
 from agentpool.control.client import ControlClient, FoundPool, find_pools
 from agentpool.control.wire import LONGEST_REQUEST, ControlError
@@ -320,7 +320,33 @@ def test_logs_are_what_workers_write_to_standard_error(
         pool.submit(write_lines, 1, 4).result()
         assert next(followed) == {"worker": 1, "text": "0000\n"}
         pool.shutdown()
-        assert list(followed) == [{"worker": 1, "ended": True}]
+        (end,) = followed
+        assert (end["worker"], end["ended"], end["how"]) == (1, True, "exited with code 0 (shutdown)")
+
+
+def test_logs_of_workers_that_ended_are_kept_with_how_they_ended(
+    make_pool: MakePool, place: str, find: Callable[[], FoundPool]
+) -> None:
+    def fail(code: int) -> None:
+        print("last words", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    pool = make_pool(1, control=place)
+    with pytest.raises(WorkerCrashedError):
+        pool.submit(fail, 3).result(30)
+    captured = pool.options(capture_output=True).submit(fail, 4)
+    assert isinstance(captured.exception(30), WorkerCrashedError)
+    pool.submit(abs, 1).result(30)
+    with find().connect() as client:
+        for worker, code in ((1, 3), (2, 4)):
+            said, end = client.follow("logs", worker=worker, seconds=20)
+            assert said == {"worker": worker, "text": "last words\n"}
+            assert end["how"] == f"exited with code {code}"
+            assert end["seconds_ago"] >= 0
+            assert client.call("logs", worker=worker)["workers"] == [1, 2, 3]
+        assert [event["worker"] for event in client.follow("logs", seconds=20)] == [1, 1, 2, 2]
+        with pytest.raises(ControlError, match="there is no worker 9; those whose output is kept are: 1, 2, 3"):
+            list(client.follow("logs", worker=9, seconds=20))
 
 
 def test_of_a_flood_the_end_is_kept_and_the_rest_is_counted(

@@ -45,6 +45,11 @@ def test_ends_of_processes_in_words(words: str, how: dict[str, Any]) -> None:
     assert failures.exit_words(WorkerExit(**how)) == words
 
 
+def test_ends_of_workers_in_words() -> None:
+    assert failures.end_words(worker(), WorkerExit(exit_code=1)) == "exited with code 1"
+    assert failures.end_words(worker("idle"), WorkerExit(exit_code=0)) == "exited with code 0 (idle)"
+
+
 class TestStarts:
     def test_a_start_that_ended_by_itself(self) -> None:
         text = failures.start_words(worker(), WorkerExit(exit_code=1, stderr_tail="ImportError: no module x\n"))
