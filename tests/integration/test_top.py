@@ -58,6 +58,8 @@ def drive(pool: AgentPool, tmp_path: Path, act: Callable[[PoolScreen, Any], Coro
         async with screen.run_test(size=(130, 24)) as pilot:
             await until(lambda: screen._stats)
             await act(screen, pilot)
+            screen.exit()
+            await until(lambda: not screen.is_running)  # as at q; else what is told meanwhile finds no widgets
 
     asyncio.run(run())
     return screen
