@@ -252,9 +252,12 @@ class Crew(ABC):
         if self.doom is not None:
             return
         floor = 0 if self.is_closing or self.governor.reasons else self.settings.min_workers
+        demand, missing = self._demand(), floor - self.live
+        if demand <= 0 and missing <= 0:
+            return
         # A worker whose memory is being read is free again in a moment; one that had to collect may not be.
         coming = self.starting + sum(not worker.check_stage for worker in self.checking.values())
-        wanted = max(self._demand() - coming, floor - self.live)
+        wanted = max(demand - coming, missing)
         most = self.settings.max_workers
         wanted = min(wanted, most + self.leaving - self.live, 2 * most - len(self.workers))
         if wanted <= 0 or not self._may_start(now):
