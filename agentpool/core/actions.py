@@ -1,4 +1,4 @@
-"""What the core may ask for. `agentpool.runtime.manager` performs all of it, in the order given.
+"""What the core may ask for. `agentpool.runtime.performing` performs all of it, in the order given.
 
 The two hot actions are plain tuples, `(DISPATCH, worker, task)` and `(RESOLVE, task, is_value, payload)`: a tuple
 costs 0.05 us, an instance 0.4 us, and each task needs both. The rest are records: written out, as making dataclasses of

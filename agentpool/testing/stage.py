@@ -1,8 +1,8 @@
 """The real manager on an imaginary machine: `agentpool.runtime` as it is, with other things below it.
 
-`agentpool.runtime.manager`, `reception` and `links` are loaded once more, as private copies that import fakes of what
-touches the world (time, threads, descriptors, processes). So every line of the manager's logic runs unchanged, in one
-thread and in virtual time, and a real pool in the same process notices nothing.
+`agentpool.runtime.manager` with the rooms below it, `reception` and `links` are loaded once more, as private copies
+that import fakes of what touches the world (time, threads, descriptors, processes). So every line of the manager's
+logic runs unchanged, in one thread and in virtual time, and a real pool in the same process notices nothing.
 
 What is not covered: real threads. The places where another thread may come in between are the manager's acquisitions of
 its lock, and there a schedule lets others run (`Stage.between`); what `submit` does without the lock is atomic here.
@@ -32,7 +32,19 @@ from agentpool.io import processes
 from agentpool.io import reactor as io_reactor
 from agentpool.io import sampler as io_sampler
 from agentpool.io import stderr as io_stderr
-from agentpool.runtime import interrupts, lifecycle, links, manager, outcomes, reception
+from agentpool.runtime import (
+    changes,
+    ending,
+    intake,
+    interrupts,
+    lifecycle,
+    links,
+    manager,
+    orders,
+    outcomes,
+    performing,
+    reception,
+)
 from agentpool.runtime.manager import Manager
 from agentpool.testing.channel import FakeChannel
 from agentpool.testing.clock import VirtualClock
@@ -246,6 +258,8 @@ class Stage:
         fake_links.Staff._setup = lambda staff: {"path": []}  # the real one lists sys.path, at 5 us a start
         instead["agentpool.runtime.links"] = fake_links
         instead["agentpool.runtime.reception"] = _loaded_with(reception, instead)
+        for room in (changes, orders, intake, ending, performing):
+            instead[room.__name__] = _loaded_with(room, instead)
         return _loaded_with(manager, instead)
 
     def manager(self, settings: PoolSettings, *, seed: int = 0, witness: Witness | None = None) -> Manager:

@@ -43,6 +43,12 @@ def _manager(simulator: Simulator) -> Any:
     return simulator._stage._manager_module.Manager
 
 
+def _reception(simulator: Simulator) -> Any:
+    """As the lowest room of that manager has it."""
+    lowest = next(room for room in _manager(simulator).__mro__ if room.__name__ == "Changes")
+    return lowest.__init__.__globals__["Reception"]
+
+
 def _sleeps_too_long(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deadline that a user's thread sets does not wake the manager."""
     monkeypatch.setattr(_manager(simulator), "_wake_for_deadline", lambda self: None)
@@ -62,8 +68,7 @@ def _leaves_last_results(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) 
 
 def _misses_the_keepers_death(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keeper is gone, and its workers are waited for."""
-    reception = simulator._stage._manager_module.Reception
-    monkeypatch.setattr(reception, "_keeper_lost", lambda self: None)
+    monkeypatch.setattr(_reception(simulator), "_keeper_lost", lambda self: None)
 
 
 def _settles_under_the_lock(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +84,7 @@ def _settles_under_the_lock(simulator: Simulator, monkeypatch: pytest.MonkeyPatc
 
 def _forgets_to_go_on_writing(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full pipe is not written to again."""
-    reception = simulator._stage._manager_module.Reception
-    monkeypatch.setattr(reception, "watch_writing", lambda self, link: None)
+    monkeypatch.setattr(_reception(simulator), "watch_writing", lambda self, link: None)
 
 
 def _believes_what_was_taken_back(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
