@@ -127,6 +127,12 @@ def test_an_error_says_what_it_cost_all_the_same(claude: Make) -> None:
 LONG = "words and words and " * 10_000
 
 
+def test_a_system_prompt_stands_before_the_prompt_where_there_is_no_option_for_it(program: str) -> None:
+    agent = CliAgent(command=program, argv=[], system_prompt="Be brief.")
+    agent.setup()
+    assert agent.run("hello")["answer"] == "You said: Be brief.\n\nhello (1)"
+
+
 @pytest.mark.parametrize("session", [False, True])
 def test_a_long_prompt_goes_to_standard_input(claude: Make, session: bool) -> None:
     assert claude(session=session).run(LONG)["answer"] == f"You said: {LONG.strip()} (1)"

@@ -74,7 +74,8 @@ class CliAgent(Agent):
     timeout: seconds for an answer: AgentTimeoutError. stall_timeout: seconds without a sign of life:
         AgentStalledError. None: no limit but the pool's. interrupt_seconds: how long a kept session may take to break
         its turn off before it is ended. stop_grace: seconds before what does not end is killed.
-    system_prompt: what it is told beforehand. session: keep the program for the next prompt (claude).
+    system_prompt: what it is told beforehand; it stands before the prompt where the program has no option for it.
+    session: keep the program for the next prompt (claude).
     Everything else is an option of the preset, such as `model`.
     """
 
@@ -82,6 +83,11 @@ class CliAgent(Agent):
     retries_transient_errors: ClassVar[bool] = True
     interrupts_itself: ClassVar[bool] = True
     preset: ClassVar[Preset | None] = None
+
+    def __init_subclass__(cls, preset: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if preset is not None:
+            cls.name, cls.preset = preset, PRESETS[preset]
 
     def __init__(self, **config: Any) -> None:
         options = self.preset.options if self.preset is not None else {}
@@ -213,7 +219,9 @@ class CliAgent(Agent):
 
     def _words(self, prompt: str) -> tuple[list[str], bytes]:
         """The words after the program, and what goes to its standard input."""
-        argv = self._config["argv"]
+        argv, system = self._config["argv"], self._config["system_prompt"]
+        if system and (self.preset is None or "system_prompt" not in self.preset.options):
+            prompt = f"{system}\n\n{prompt}"  # it has no option for one
         if argv is None:
             assert self.preset is not None
             argv = self.preset.argv
@@ -336,19 +344,8 @@ def _told(prompt: str, path: str | None, out: str | None) -> str:
     return prompt
 
 
-class _Prefixed(CliAgent):
-    """A program that has no option for a system prompt: it stands before the prompt."""
-
-    def _words(self, prompt: str) -> tuple[list[str], bytes]:
-        system = self._config["system_prompt"]
-        return super()._words(f"{system}\n\n{prompt}" if system else prompt)
-
-
-class Claude(CliAgent):
+class Claude(CliAgent, preset="claude"):
     """Claude Code. With `session=True` one program answers prompt after prompt, cleared in between."""
-
-    name = "claude"
-    preset = PRESETS["claude"]
 
     def _option_words(self, stall: float | None) -> list[str]:
         words = super()._option_words(stall)
@@ -356,43 +353,25 @@ class Claude(CliAgent):
         return words if stall is None else [*words, "--include-partial-messages"]
 
 
-class Codex(_Prefixed):
+class Codex(CliAgent, preset="codex"):
     """OpenAI's codex."""
 
-    name = "codex"
-    preset = PRESETS["codex"]
 
-
-class Gemini(_Prefixed):
+class Gemini(CliAgent, preset="gemini"):
     """Google's Gemini CLI."""
 
-    name = "gemini"
-    preset = PRESETS["gemini"]
 
-
-class Copilot(_Prefixed):
+class Copilot(CliAgent, preset="copilot"):
     """GitHub's Copilot CLI."""
 
-    name = "copilot"
-    preset = PRESETS["copilot"]
 
-
-class OpenCode(_Prefixed):
+class OpenCode(CliAgent, preset="opencode"):
     """opencode."""
 
-    name = "opencode"
-    preset = PRESETS["opencode"]
 
-
-class Aider(_Prefixed):
+class Aider(CliAgent, preset="aider"):
     """aider."""
 
-    name = "aider"
-    preset = PRESETS["aider"]
 
-
-class Llm(CliAgent):
+class Llm(CliAgent, preset="llm"):
     """Simon Willison's llm."""
-
-    name = "llm"
-    preset = PRESETS["llm"]

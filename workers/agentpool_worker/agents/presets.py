@@ -50,6 +50,12 @@ class Preset(NamedTuple):
         return bool(self.error_pattern) and re.search(self.error_pattern, answer) is not None
 
 
+def _npm(package: str, program: str) -> tuple[str, ...]:
+    """Where npm puts the package of a native program: beside the wrapper's link, below it, or beside its package."""
+    return (f"../{package}/{program}", f"../node_modules/{package}/{program}",
+            f"../../{package.rpartition('/')[2]}/{program}")
+
+
 _CLAUDE_RULES: Final[dict[str, str | tuple[str, ...]]] = {
     "answer": "result [type=result]",
     "failed": "is_error [type=result]",
@@ -116,11 +122,7 @@ PRESETS: Final[dict[str, Preset]] = {
             checked="0.169.0",
             install="npm install -g @openai/codex",
             options={"model": ("-m", "{}"), "sandbox": ("-s", "{}"), "profile": ("-p", "{}")},
-            natives=(
-                "../@openai/codex-linux-{arch}/vendor/{machine}-unknown-linux-musl/bin/codex",
-                "../node_modules/@openai/codex-linux-{arch}/vendor/{machine}-unknown-linux-musl/bin/codex",
-                "../../codex-linux-{arch}/vendor/{machine}-unknown-linux-musl/bin/codex",
-            ),
+            natives=_npm("@openai/codex-linux-{arch}", "vendor/{machine}-unknown-linux-musl/bin/codex"),
         ),
         Preset(
             name="gemini",
@@ -150,11 +152,7 @@ PRESETS: Final[dict[str, Preset]] = {
             checked="1.0.102",
             install="npm install -g @github/copilot",
             options={"model": ("--model", "{}"), "allow_all_tools": ("--allow-all-tools",)},
-            natives=(
-                "../@github/copilot-linux-{arch}/copilot",
-                "../node_modules/@github/copilot-linux-{arch}/copilot",
-                "../../copilot-linux-{arch}/copilot",
-            ),
+            natives=_npm("@github/copilot-linux-{arch}", "copilot"),
         ),
         Preset(
             name="opencode",
@@ -176,11 +174,7 @@ PRESETS: Final[dict[str, Preset]] = {
             checked="1.18.33",
             install="npm install -g opencode-ai",
             options={"model": ("-m", "{}"), "agent": ("--agent", "{}")},
-            natives=(
-                "../opencode-linux-{arch}/bin/opencode",
-                "../node_modules/opencode-linux-{arch}/bin/opencode",
-                "../../opencode-linux-{arch}/bin/opencode",
-            ),
+            natives=_npm("opencode-linux-{arch}", "bin/opencode"),
         ),
         Preset(
             name="aider",
