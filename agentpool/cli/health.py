@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Final
 
 import typer
 
 from agentpool.cli.reach import Folder, Pool, answer_no, choose, folders
 from agentpool.control.client import FoundPool, find_pools
+from agentpool.control.wire import ControlError
 from agentpool.errors import AgentPoolError
 
 __all__ = ["EXAMPLES", "health"]
@@ -27,17 +29,26 @@ Examples:
 
 
 class _RemotePool:
-    """Another process's pool, as the monitor wants one."""
+    """Another process's pool, as the monitor wants one; read once. Raises LookupError: it ended since it was found."""
 
     def __init__(self, found: FoundPool) -> None:
         self._found = found
         self.name = f"{found.pool.get('name') or '?'} ({found.id})"
+        self._problem = found.problem
+        self._stats: dict[str, Any] = {}
+        if not self._problem:
+            try:
+                with found.connect() as client:
+                    self._stats = {**client.call("stats"), "name": self.name}
+            except ControlError as error:
+                if error.code == "gone":
+                    raise LookupError(str(error)) from error
+                self._problem = str(error)
 
     def get_pool_stats(self) -> Mapping[str, Any]:
-        if self._found.problem:
-            raise AgentPoolError(self._found.problem)
-        with self._found.connect() as client:
-            return {**client.call("stats"), "name": self.name}
+        if self._problem:
+            raise AgentPoolError(self._problem)
+        return self._stats
 
     def emergency_stop(self, reason: str) -> Mapping[str, Any]:
         with self._found.connect() as client:
@@ -55,7 +66,11 @@ def health(
     from agentpool.monitor import ResourceMonitor, get_resource_monitor
 
     found = find_pools(folders(place)) if pool is None else [choose(pool, place)]
-    monitor = ResourceMonitor(map(_RemotePool, found)) if found else get_resource_monitor()
+    remote = []
+    for one in found:
+        with suppress(LookupError):
+            remote.append(_RemotePool(one))
+    monitor = ResourceMonitor(remote) if remote else get_resource_monitor()
     report = monitor.get_health_report()
     print(json.dumps(report, indent=indent or None))
     answer_no(check and report["status"] != "ok")

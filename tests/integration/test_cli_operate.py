@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from agentpool import AgentPool
+from agentpool.cli.health import _RemotePool
 from agentpool.control.client import find_pools
 
 MakePool = Callable[..., AgentPool]
@@ -210,6 +211,15 @@ def test_health_is_of_all_pools_and_can_be_checked(run: Run, served: Callable[..
     done = run("health", "--check", "--pool", "first")
     assert done.returncode == 1
     assert "at work" in json.loads(done.stdout)["reasons"]
+
+
+def test_health_leaves_out_a_pool_that_ended_since_it_was_found(served: Callable[..., AgentPool], place: str) -> None:
+    pool = served()
+    (found,) = find_pools([place])
+    assert _RemotePool(found).get_pool_stats()["max_pool_size"] == 2
+    pool.shutdown()
+    with pytest.raises(LookupError, match="its process ended, or it was shut down"):
+        _RemotePool(found)
 
 
 def test_logs_are_printed_whole_and_followed(
