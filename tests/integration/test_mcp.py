@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mcp import Client, StdioServerParameters
 
 from agentpool import AgentPool
-
-mcp = pytest.importorskip("mcp", reason="the extra mcp is not installed")
-
-from mcp import Client, StdioServerParameters  # noqa: E402
 
 pytestmark = pytest.mark.timeout(180)
 
