@@ -8,6 +8,8 @@ answered, and the most at once. What it answers is scripted by words in the newe
   HANG                never answers
   SLOW s              answers after s seconds
   BASH command        one call of the tool Bash, then a text
+  CALL tool json      one call of the tool that is named, then a text
+  SPAWN n words       n calls at once of the tool that starts a sub-agent, whose prompt is these words; then a text
   BIG kB              so much text
   (anything else)     "Hello from the local server."
 """
@@ -25,6 +27,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 HELLO = "Hello from the local server."
+#: Calls of tools, each its name and input.
+Calls = list[tuple[str, dict[str, Any]]]
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 529: "overloaded_error"}
 
 
@@ -111,6 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         with api.lock:
             api.requests.append(said)
             api.bodies.append(body)
+        text = "All done." if is_tool_result else HELLO
+        if found := re.search(r"\bSPAWN (\d+) (.+)", said):  # first: other words are meant for the sub-agents
+            return dialect(body, text, _spawned(body, int(found[1]), found[2].strip()))
         if (found := re.search(r"\bERR (\d{3})(?: (\d+))?", said)) and self._may_fail(said, found):
             status = int(found[1])
             error = {"type": ERROR_TYPES.get(status, "api_error"), "message": f"scripted {status}"}
@@ -122,13 +129,14 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if found := re.search(r"\bSLOW (\d+(?:\.\d+)?)", said):
             api.closing.wait(float(found[1]))
-        text = "All done." if is_tool_result else HELLO
-        tool = None
-        if (found := re.search(r"\bBASH (.+)", said)) and not is_tool_result:
-            tool = {"command": found[1].strip(), "description": "a command"}
+        calls: Calls = []
+        if found := re.search(r"\bBASH (.+)", said):
+            calls = [("Bash", {"command": found[1].strip(), "description": "a command"})]
+        if found := re.search(r"\bCALL (\S+) (\{.*\})", said):
+            calls = [(found[1], json.loads(found[2]))]
         if found := re.search(r"\bBIG (\d+)", said):
             text = "x" * (int(found[1]) * 1024)
-        return dialect(body, text, tool)
+        return dialect(body, text, calls)
 
     def _may_fail(self, said: str, found: re.Match[str]) -> bool:
         api = self.served
@@ -138,32 +146,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     # -- dialects ------------------------------------------------------------------------------------------------
 
-    def _messages(self, body: dict[str, Any], text: str, tool: dict[str, Any] | None) -> None:
+    def _messages(self, body: dict[str, Any], text: str, calls: Calls) -> None:
         number = next(self.served.ids)
-        block: dict[str, Any] = {"type": "text", "text": text}
-        if tool is not None:
-            block = {"type": "tool_use", "id": f"toolu_{number:08d}", "name": "Bash", "input": tool}
-        stop = "tool_use" if tool is not None else "end_turn"
+        blocks: list[dict[str, Any]] = [
+            {"type": "tool_use", "id": f"toolu_{number:08d}_{index}", "name": name, "input": given}
+            for index, (name, given) in enumerate(calls)
+        ] or [{"type": "text", "text": text}]
+        stop = "tool_use" if calls else "end_turn"
         usage = {"input_tokens": 10, "output_tokens": 5, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
         message = {"id": f"msg_{number:08d}", "type": "message", "role": "assistant", "model": body.get("model"),
-                   "content": [block], "stop_reason": stop, "stop_sequence": None, "usage": usage}
+                   "content": blocks, "stop_reason": stop, "stop_sequence": None, "usage": usage}
         if not body.get("stream"):
             return self._reply(200, message)
-        if tool is not None:
-            start, deltas = {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": json.dumps(tool)}]
-        else:
-            start = {"type": "text", "text": ""}
-            deltas = [{"type": "text_delta", "text": text[i : i + 4096]} for i in range(0, len(text), 4096)]
         return self._stream([
             ("message_start", {"message": {**message, "content": [], "stop_reason": None}}),
-            ("content_block_start", {"index": 0, "content_block": start}),
-            *(("content_block_delta", {"index": 0, "delta": delta}) for delta in deltas),
-            ("content_block_stop", {"index": 0}),
+            *(event for index, block in enumerate(blocks) for event in _block_events(index, block)),
             ("message_delta", {"delta": {"stop_reason": stop, "stop_sequence": None}, "usage": usage}),
             ("message_stop", {}),
         ])
 
-    def _responses(self, body: dict[str, Any], text: str, tool: dict[str, Any] | None) -> None:
+    def _responses(self, body: dict[str, Any], text: str, calls: Calls) -> None:
         number = next(self.served.ids)
         content = [{"type": "output_text", "text": text, "annotations": []}]
         item = {"id": f"msg_{number}", "type": "message", "role": "assistant", "status": "completed",
@@ -184,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             ("response.completed", {"response": done}),
         ])
 
-    def _completions(self, body: dict[str, Any], text: str, tool: dict[str, Any] | None) -> None:
+    def _completions(self, body: dict[str, Any], text: str, calls: Calls) -> None:
         usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
         base = {"id": f"chatcmpl-{next(self.served.ids)}", "created": int(time.time()), "model": body.get("model")}
         if not body.get("stream"):
@@ -198,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             (None, "[DONE]"),
         ])
 
-    def _gemini(self, body: dict[str, Any], text: str, tool: dict[str, Any] | None) -> None:
+    def _gemini(self, body: dict[str, Any], text: str, calls: Calls) -> None:
         content = {"role": "model", "parts": [{"text": text}]}
         answer = {"candidates": [{"content": content, "finishReason": "STOP", "index": 0}],
                   "usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 15}}
@@ -247,6 +249,29 @@ class _Handler(BaseHTTPRequestHandler):
             text = data if isinstance(data, str) else json.dumps(data)
             self.wfile.write((f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode())
             self.wfile.flush()
+
+
+def _spawned(body: dict[str, Any], number: int, prompt: str) -> Calls:
+    """Calls of the tool that starts a sub-agent: it is called Agent today, and was called Task."""
+    offered = {tool.get("name") for tool in body.get("tools") or []}
+    name = "Agent" if "Agent" in offered else "Task"
+    return [(name, {"description": f"job {index}", "prompt": prompt, "subagent_type": "general-purpose"})
+            for index in range(number)]
+
+
+def _block_events(index: int, block: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One block of a message of Anthropic's, as a stream has it."""
+    if block["type"] == "tool_use":
+        start, deltas = {**block, "input": {}}, [
+            {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+    else:
+        text = block["text"]
+        start = {**block, "text": ""}
+        deltas = [{"type": "text_delta", "text": text[at : at + 4096]} for at in range(0, len(text), 4096)]
+    yield "content_block_start", {"index": index, "content_block": start}
+    for delta in deltas:
+        yield "content_block_delta", {"index": index, "delta": delta}
+    yield "content_block_stop", {"index": index}
 
 
 def newest(body: dict[str, Any]) -> tuple[str, bool]:

@@ -1,0 +1,252 @@
+"""Claude Code as `agentpool install-claude` sets it up: the real program asks the hook and calls the MCP tools."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcp import Client, StdioServerParameters
+
+from agentpool import AgentPool, HostBudget
+
+pytestmark = pytest.mark.timeout(240)
+HELLO = "Hello from the local server."
+#: What a sub-agent is asked; a request with these words shows that one was started.
+ASKED = "say hello, sub-agent"
+AGENTPOOL = Path(sys.executable).with_name("agentpool")
+
+SETTINGS = '{\n  "includeCoAuthoredBy": false,\n  "hooks": {"PreToolUse": [{"matcher": "Bash", "hooks": []}]}\n}\n'
+SERVERS = '{"mcpServers": {}}'
+FLAWED = "import subprocess\nsubprocess.call('ls ' + input(), shell=True)\n"
+
+MakePool = Callable[..., AgentPool]
+WaitUntil = Callable[..., None]
+
+
+@dataclass
+class Result:
+    """What a tool said to the model."""
+
+    text: str
+    is_error: bool
+
+
+class ClaudeCode:
+    """A project and a home, in which the real claude is started as its user does."""
+
+    def __init__(self, program: str, surroundings: dict[str, str], folder: Path) -> None:
+        self.program = program
+        self.folder = folder / "project"
+        self.settings = self.folder / ".claude" / "settings.json"
+        self.servers = self.folder / ".mcp.json"
+        self.budget = str(folder / "budget")
+        self.control = str(folder / "agentpool")
+        self.environment = {
+            **surroundings, "PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(folder),
+            "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",  # else the first answer comes while sub-agents run
+        }
+        folder.chmod(0o700)
+        self.settings.parent.mkdir(parents=True)
+        self.settings.write_text(SETTINGS)
+        self.servers.write_text(SERVERS)
+        (self.folder / "flawed.py").write_text(FLAWED)
+        configuration = Path(surroundings["HOME"]) / ".config" / "agentpool"
+        configuration.mkdir(parents=True)
+        (configuration / "config.toml").write_text(
+            f'[budget]\nagents = 2\nmemory_mb = 0\ndirectory = "{self.budget}"\n')
+
+    def files(self) -> dict[str, str]:
+        return {str(path.relative_to(self.folder)): path.read_text() for path in sorted(self.folder.rglob("*"))
+                if path.is_file()}
+
+    def agentpool(self, *words: str) -> None:
+        done = subprocess.run([AGENTPOOL, *words], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def say(self, prompt: str) -> list[Result]:
+        """What the tools said that the model called for this prompt, which is a script for the local API."""
+        command = [self.program, "-p", prompt, "--output-format", "stream-json", "--verbose",
+                   "--permission-mode", "bypassPermissions"]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        messages = [json.loads(line) for line in done.stdout.splitlines()]
+        blocks = [block for message in messages if message["type"] == "user" and not message["parent_tool_use_id"]
+                  for block in message["message"]["content"] if block["type"] == "tool_result"]
+        return [Result(_text(block["content"]), bool(block.get("is_error"))) for block in blocks]
+
+    def spawn(self, number: int) -> list[Result]:
+        """What the model was told of so many sub-agents at once."""
+        return self.say(f"SPAWN {number} {ASKED}")
+
+    def call(self, tool: str, **given: Any) -> Any:
+        """What this tool of the MCP server answered to claude."""
+        (result,) = self.say(f"CALL mcp__agentpool__{tool} {json.dumps(given)}")
+        assert not result.is_error, result.text
+        return json.loads(result.text)
+
+    def server(self) -> StdioServerParameters:
+        """The MCP server as `install-claude` wrote it down."""
+        entry = json.loads(self.servers.read_text())["mcpServers"]["agentpool"]
+        return StdioServerParameters(command=entry["command"], args=entry["args"], cwd=self.folder,
+                                     env={name: self.environment[name] for name in ("HOME", "XDG_RUNTIME_DIR")})
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+@pytest.fixture
+def code(program: Callable[[str], str], surroundings: dict[str, str], tmp_path: Path) -> ClaudeCode:
+    return ClaudeCode(program("claude"), surroundings, tmp_path)
+
+
+@pytest.fixture
+def pool(make_pool: MakePool, code: ClaudeCode, wait_until: WaitUntil) -> AgentPool:
+    """One that the hook and the MCP server find."""
+    made = make_pool(2, name="guard", control=code.control, budget=HostBudget(agents=2, directory=code.budget))
+    made.submit(os.getpid).result(20)
+    wait_until(lambda: list(Path(code.control).glob("[0-9]*.sock")), "there is no control socket")
+    return made
+
+
+# -- the hook --------------------------------------------------------------------------------------------------------
+
+
+def test_the_hook_denies_while_a_breaker_is_open_and_allows_when_it_is_closed(
+    code: ClaudeCode, pool: AgentPool, api: Any
+) -> None:
+    code.agentpool("install-claude", "--yes")
+    pool.breaker.force_open("night shift")
+    for denied in code.spawn(2):
+        assert denied.is_error
+        assert "the circuit breaker of pool guard is forced open: night shift" in denied.text
+    assert ASKED not in api.requests, "a sub-agent was started"
+    pool.breaker.reset()
+    allowed = code.spawn(2)
+    assert [HELLO in result.text for result in allowed] == [True, True]
+    assert api.requests.count(ASKED) == 2
+
+
+def test_the_hook_denies_while_the_budget_is_spent(
+    code: ClaudeCode, pool: AgentPool, api: Any, wait_until: WaitUntil
+) -> None:
+    code.agentpool("install-claude", "--yes")
+    futures = [pool.submit(time.sleep, 600) for _ in range(2)]
+    wait_until(lambda: all(future.running() for future in futures), "they do not run")
+    (denied,) = code.spawn(1)
+    assert denied.is_error
+    assert "the host-wide budget is spent: 2 of 2 agents run now" in denied.text
+    assert ASKED not in api.requests
+    futures[0].kill()
+    wait_until(lambda: pool.get_pool_stats()["host_budget"]["slots"] == 1, "its slot is not free")
+    (allowed,) = code.spawn(1)
+    assert HELLO in allowed.text
+
+
+@pytest.mark.parametrize(("policy", "is_allowed"), [("allow", True), ("deny", False)])
+def test_a_pool_that_does_not_answer_means_what_the_user_said(
+    code: ClaudeCode, wait_until: WaitUntil, policy: str, is_allowed: bool
+) -> None:
+    code.agentpool("install-claude", "--yes", "--on-failure", policy)
+    program = ("import os, sys, time; from agentpool import AgentPool\n"
+               "pool = AgentPool(1, control=sys.argv[1]); pool.submit(os.getpid).result(); time.sleep(600)")
+    holder = subprocess.Popen([sys.executable, "-c", program, code.control])
+    try:
+        wait_until(lambda: list(Path(code.control).glob("[0-9]*.sock")), "there is no control socket")
+        os.kill(holder.pid, signal.SIGSTOP)
+        (result,) = code.spawn(1)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert (HELLO in result.text) == is_allowed
+    assert ("agentpool cannot tell whether there is room" in result.text) != is_allowed
+
+
+def test_with_deny_a_hook_that_cannot_be_started_denies(code: ClaudeCode, api: Any) -> None:
+    code.agentpool("install-claude", "--yes", "--on-failure", "deny")
+    settings = json.loads(code.settings.read_text())
+    settings["hooks"]["PreToolUse"][1]["hooks"][0]["command"] = "/no/such/place/agentpool-hook"
+    code.settings.write_text(json.dumps(settings))
+    (denied,) = code.spawn(1)
+    assert denied.is_error
+    assert ASKED not in api.requests
+
+
+def test_uninstalled_there_is_no_hook_and_the_files_are_as_they_were(
+    code: ClaudeCode, pool: AgentPool, api: Any
+) -> None:
+    before = code.files()
+    code.agentpool("install-claude", "--yes")
+    assert code.files() != before
+    code.agentpool("uninstall-claude", "--yes")
+    assert code.files() == before
+    pool.breaker.force_open("night shift")
+    (allowed,) = code.spawn(1)
+    assert HELLO in allowed.text
+    (missing,) = code.say("CALL mcp__agentpool__pool_status {}")
+    assert missing.is_error
+
+
+# -- the MCP server --------------------------------------------------------------------------------------------------
+
+
+def test_claude_calls_the_mcp_servers_tools(code: ClaudeCode, pool: AgentPool) -> None:
+    code.agentpool("install-claude", "--yes")
+    status = code.call("pool_status")
+    assert status["budget"] | {"memory_used_mb": 0} == {
+        "agents": 2, "running": 0, "free": 2, "waiting_pools": 0, "memory_mb": None, "memory_used_mb": 0}
+    assert [found["name"] for found in status["pools"]] == ["guard"]
+    found = code.call("run_agent", agent="security-analyst", prompt="look for injections")
+    assert found["ok"]
+    assert "flawed.py" in found["report"]
+    code.call("breaker", action="open", pool="guard", reason="said claude")
+    assert pool.breaker.get_state() == "forced_open"
+
+
+def test_for_a_user_it_is_in_each_project(code: ClaudeCode, pool: AgentPool) -> None:
+    before = code.files()
+    code.agentpool("install-claude", "--yes", "--user")
+    assert code.files() == before
+    assert [found["name"] for found in code.call("pool_status")["pools"]] == ["guard"]
+    pool.breaker.force_open("night shift")
+    (denied,) = code.spawn(1)
+    assert "night shift" in denied.text
+    code.agentpool("uninstall-claude", "--yes", "--user")
+    (allowed,) = code.spawn(1)
+    assert HELLO in allowed.text
+
+
+def test_a_real_mcp_client_drives_what_was_installed(code: ClaudeCode, pool: AgentPool) -> None:
+    code.agentpool("install-claude", "--yes")
+    notes: list[tuple[float, float | None, str | None]] = []
+
+    async def progress(done: float, total: float | None, words: str | None) -> None:
+        notes.append((done, total, words))
+
+    async def conversation() -> None:
+        async with Client(code.server()) as client:
+            listed = await client.list_tools()
+            assert {tool.name for tool in listed.tools} == {"run_agent", "run_agents", "pool_status", "breaker"}
+            tasks = [{"agent": agent, "prompt": "review"} for agent in ("security-analyst", "performance-auditor")]
+            answer = await client.call_tool("run_agents", {"tasks": tasks}, progress_callback=progress)
+            assert answer.structured_content["ok"], answer
+            assert "flawed.py" in answer.structured_content["agents"][0]["report"]
+            opened = await client.call_tool("breaker", {"action": "open", "pool": "guard"})
+            assert not opened.is_error
+
+    asyncio.run(asyncio.wait_for(conversation(), 120))
+    assert [done for done, _, _ in notes] == sorted({done for done, _, _ in notes}), "progress has to grow"
+    assert notes[-1][2] == "2 of 2 done, 0 running"
+    assert pool.breaker.get_state() == "forced_open"
