@@ -14,18 +14,19 @@ from typing import Any, Final
 from agentpool.cli import json_edit
 from agentpool.cli.terminal import UsageProblem
 
-__all__ = ["INSTRUCTIONS", "Commands", "joined", "with_hook", "with_instructions", "with_server", "without_hook",
+__all__ = ["HOOK", "SERVER", "Commands", "joined", "with_hook", "with_instructions", "with_server", "without_hook",
            "without_instructions", "without_server"]
 
 #: The tool is called Agent today, and was called Task.
 MATCHER: Final = "Task|Agent"
 SERVER: Final = "agentpool"
+HOOK: Final = "agentpool-hook"
 #: A part of each command that is our hook.
-_HOOK_NAMES: Final = ("agentpool-hook", "agentpool_worker/hook.py")
+_HOOK_NAMES: Final = (HOOK, "agentpool_worker/hook.py")
 _BEGIN: Final = "<!-- agentpool: begin -->"
 _END: Final = "<!-- agentpool: end -->"
 
-INSTRUCTIONS: Final = """\
+_INSTRUCTIONS: Final = """\
 ## Delegating work
 
 Agents share this machine's memory. A program called agentpool counts them, and may refuse a new one.
@@ -137,7 +138,7 @@ def without_server(text: str) -> str:
 
 def with_instructions(text: str, commands: Commands) -> str:
     """An orchestrator's instructions with ours in them: in place of an older version, else at the end."""
-    block = f"{_BEGIN}\n{INSTRUCTIONS}{_END}\n"
+    block = f"{_BEGIN}\n{_INSTRUCTIONS}{_END}\n"
     if not text.strip():
         return _AGENT_FILE + block
     if _BEGIN in text and _END in text:

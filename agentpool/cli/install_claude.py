@@ -21,7 +21,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from agentpool.cli import claude_files
-from agentpool.cli.claude_files import Commands
+from agentpool.cli.claude_files import HOOK, SERVER, Commands
 from agentpool.cli.config import Configuration, read_configuration
 from agentpool.cli.terminal import UsageProblem, message
 
@@ -119,9 +119,8 @@ def _commands(found: Configuration, policy: str) -> Commands:
     directory = found.values["budget.directory"].value
     if directory:
         words += ["--budget-directory", str(directory)]
-    # Next to this interpreter, by its whole path: Claude Code's PATH may be another one.
-    script = Path(sys.executable).with_name("agentpool-hook")
-    program = [str(script)] if script.exists() else [sys.executable, "-IS", str(agentpool_worker.hook.__file__)]
+    # By whole paths: Claude Code's PATH may be another one. The script agentpool-hook would take half as long again.
+    program = [sys.executable, "-IS", str(agentpool_worker.hook.__file__)]
     command = Path(sys.executable).with_name("agentpool")
     server = [str(command)] if command.exists() else [sys.executable, "-m", "agentpool"]
     return Commands(claude_files.joined([*program, *words]), (*server, "mcp"), policy == "deny")
@@ -129,17 +128,24 @@ def _commands(found: Configuration, policy: str) -> Commands:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # with its line ends as they are
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UsageProblem(f"{path} cannot be read: {error}") from error
 
 
+def _edited(text: str, edit: Callable[[str], str]) -> str:
+    """By an `edit` that knows one kind of line ends: those of DOS stay what they are."""
+    if 0 < text.count("\n") == text.count("\r\n"):
+        return edit(text.replace("\r\n", "\n")).replace("\n", "\r\n")
+    return edit(text)
+
+
 def _change(path: Path, edit: Callable[[str], str]) -> Change:
     old = _read(path)
     try:
-        return Change(path, old, edit(old or ""))
+        return Change(path, old, _edited(old or "", edit))
     except (UsageProblem, ValueError, KeyError) as error:
         raise UsageProblem(f"{path}: {error}; nothing was written") from error
 
@@ -155,13 +161,17 @@ def _restored(target: _Target) -> Change:
     """Without what is ours: as it was before, to the byte, where nobody else changed it since."""
     change = _change(target.path, target.take)
     if change.old is None or change.new == change.old:
-        return Change(target.path, change.old, change.old)
+        return replace(change, new=change.old)
     before = _read(_backup(target.path))
-    if before is None and _is_empty(change.new or ""):
-        return Change(target.path, change.old, None)  # there was no such file
-    if before is not None and _means_the_same(before, change.new or ""):
-        return Change(target.path, change.old, before)
-    return change
+    if before is None:  # there was no such file
+        return replace(change, new=None) if _is_empty(change.new or "") else change
+    # To take out what was put in leaves out what was empty before, too: so it is done to the copy as well.
+    add = partial(target.add, commands=Commands(HOOK, (SERVER,), is_closed=False))
+    try:
+        left = _edited(before, lambda text: target.take(add(text)))
+    except (UsageProblem, ValueError, KeyError):  # somebody changed the copy
+        return change
+    return replace(change, new=before) if _means_the_same(left, change.new or "") else change
 
 
 def _is_empty(text: str) -> bool:
@@ -195,7 +205,14 @@ def _carry_out(changes: Sequence[Change], *, yes: bool, dry_run: bool, done: str
         message("nothing was written")
         return _NOT_WRITTEN
     for change in changes:
-        _write(change, is_removal=done == "removed")
+        if _read(change.path) != change.old:
+            raise UsageProblem(f"{change.path} was changed meanwhile; nothing was written: try again")
+    for number, change in enumerate(changes):
+        try:
+            _write(change, is_removal=done == "removed")
+        except OSError as error:
+            written = ", ".join(str(change.path) for change in changes[:number]) or "nothing"
+            raise UsageProblem(f"{change.path} cannot be written: {error.strerror}; written was {written}") from error
     message(f"{done}; Claude Code reads its files when a session starts")
     return 0
 
@@ -213,19 +230,25 @@ def _backup(path: Path) -> Path:
 
 def _write(change: Change, *, is_removal: bool) -> None:
     path = Path(os.path.realpath(change.path))  # a link to a folder of settings stays one
-    try:
-        if change.new is None:
-            path.unlink()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if change.backup is not None:
-                _replace(_backup(change.path), change.backup, path)
-            _replace(path, change.new, path)
-        if is_removal:
-            with suppress(FileNotFoundError):
-                _backup(change.path).unlink()
-    except OSError as error:
-        raise UsageProblem(f"{path} cannot be written: {error.strerror}") from error
+    if change.new is None:
+        path.unlink()
+        _remove_empty(change.path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if change.backup is not None:
+            _replace(_backup(change.path), change.backup, path)
+        _replace(path, change.new, path)
+    if is_removal:
+        with suppress(FileNotFoundError):
+            _backup(change.path).unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    """What was made for a file of ours, where nothing else is in it."""
+    with suppress(OSError):
+        while folder.name in ("agents", ".claude"):
+            folder.rmdir()
+            folder = folder.parent
 
 
 def _replace(path: Path, text: str, model: Path) -> None:

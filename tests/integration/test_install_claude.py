@@ -49,8 +49,8 @@ class Project:
         return done.stdout + done.stderr
 
     def files(self) -> dict[str, str]:
-        return {str(path.relative_to(self.folder)): path.read_text() for path in sorted(self.folder.rglob("*"))
-                if path.is_file()}
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.folder)): path.read_bytes().decode() for path in found}
 
     def hooks(self) -> list[dict[str, Any]]:
         groups = json.loads(self.settings.read_text())["hooks"]["PreToolUse"]
@@ -77,7 +77,11 @@ def test_it_shows_a_diff_and_writes_what_it_showed(project: Project) -> None:
     assert f"+++ {project.settings}" in shown
     (hook,) = project.hooks()
     assert hook == {"type": "command", "command": hook["command"], "timeout": 5}
-    assert Path(shlex.split(hook["command"])[0]).is_absolute()
+    program, options, script = shlex.split(hook["command"])
+    assert os.access(program, os.X_OK)
+    assert Path(program).is_absolute()
+    assert options == "-IS"
+    assert Path(script).is_file()
     server = json.loads(project.servers.read_text())["mcpServers"]["agentpool"]
     assert server["args"][-1] == "mcp"
     assert os.access(server["command"], os.X_OK)
@@ -102,13 +106,56 @@ def test_a_second_time_changes_nothing(project: Project) -> None:
     assert project.files() == before
 
 
-@pytest.mark.parametrize("is_filled", [True, False])
-def test_uninstall_restores_to_the_byte(project: Project, is_filled: bool) -> None:
-    before = fill(project) if is_filled else project.files()
+@pytest.mark.parametrize(("settings", "servers"), [
+    (SETTINGS, SERVERS),
+    (None, None),
+    ("", "{}"),
+    ('{"hooks": {}}', '{"mcpServers": {}}\n'),
+    ('{"hooks": {"PreToolUse": []}, "a": 1}', '{"a": [],\n  "mcpServers":{ }}'),
+    ('{"hooks": {"PreToolUse": [{"matcher": "Task|Agent", "hooks": []}]}}', '\n{ }\n'),
+    (SETTINGS.replace("\n", "\r\n"), SERVERS.replace("\n", "\r\n")),
+])
+def test_uninstall_restores_to_the_byte(project: Project, settings: str | None, servers: str | None) -> None:
+    for path, text in ((project.settings, settings), (project.servers, servers)):
+        if text is not None:
+            path.write_bytes(text.encode())
+    before = project.files()
     project.run("install-claude")
+    assert project.hooks()
+    project.run("install-claude", "--on-failure", "deny")
     project.run("uninstall-claude")
     assert project.files() == before
     assert project.run("uninstall-claude") == "Nothing to change.\n"
+    assert project.settings.parent.exists() == (settings is not None), "an empty folder is left"
+
+
+def test_the_line_ends_of_dos_stay(project: Project) -> None:
+    project.settings.write_bytes(SETTINGS.replace("\n", "\r\n").encode())
+    project.run("install-claude")
+    text = project.settings.read_bytes()
+    assert project.hooks()
+    assert text.count(b"\n") == text.count(b"\r\n") > SETTINGS.count("\n")
+    project.settings.write_bytes(text.replace(b"opus", b"haiku"))
+    project.run("uninstall-claude")
+    assert project.settings.read_bytes() == SETTINGS.replace("opus", "haiku").replace("\n", "\r\n").encode()
+
+
+def test_a_copy_that_somebody_broke_is_not_restored(project: Project) -> None:
+    fill(project)
+    project.run("install-claude")
+    project.settings.with_name("settings.json.before-agentpool").write_text("{")
+    project.run("uninstall-claude")
+    assert project.settings.read_text() == SETTINGS
+
+
+def test_what_cannot_be_written_is_named_and_so_is_what_was(project: Project) -> None:
+    project.settings.write_text(SETTINGS)
+    project.servers.symlink_to("/proc/agentpool.json")  # where root cannot write either
+    said = project.run("install-claude", code=2)
+    assert f"{project.servers} cannot be written" in said
+    assert f"written was {project.settings}" in said
+    assert project.run("uninstall-claude")
+    assert project.settings.read_text() == SETTINGS
 
 
 def test_uninstall_keeps_what_others_changed_since(project: Project) -> None:

@@ -8,9 +8,9 @@ asks the control sockets of this user's pools, all at once, and reads what pools
 that does not answer in time counts as a failure, which `--on-failure` decides.
 
 The standard library only, and as little of it as possible: the answer is to be there 40 ms after the start of the
-process, of which the interpreter takes 10 to 20. So it shares no code with the package, whose import alone takes
-longer, and where the interpreter has them it uses the cores of `json` and `socket`, which are written in C, without the
-modules around them: those load `re`, `enum` and `selectors`, 8 ms.
+process, of which the interpreter takes 7 to 20 and the pools may take 15. So it runs without `site`, shares no code
+with the package, whose import alone takes longer, and where the interpreter has them it uses the cores of `json` and
+`socket`, which are written in C, without the modules around them: those load `re`, `enum` and `selectors`, 8 ms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if False:  # for type checkers: `typing` takes 4 ms
 
 __all__ = ["main"]
 
-#: Seconds after its own start within which all pools must have answered.
+#: Seconds within which all pools must have answered, from when they are asked.
 PATIENCE = 0.015
 #: A pool has to answer with one line of this length at most.
 _LONGEST = 1 << 20
@@ -37,15 +37,19 @@ class Failure(Exception):
 
 
 def main() -> int:
-    """Reads a hook's input and answers. The exit code is always 0, as another one lets the call through."""
+    """Reads a hook's input and answers. The exit code is 0, or 2 for a wrong command line, which denies as well."""
     arguments = _arguments(sys.argv[1:])
+    if arguments is None:
+        sys.stderr.write("usage: agentpool-hook [--on-failure allow|deny] [--budget-directory DIR]\n")
+        return 2
+    denies = arguments["--on-failure"] == "deny"
     try:
-        reason = _judge(sys.stdin.buffer.read(), arguments)
+        reason = _judge(sys.stdin.buffer.read(), arguments["--budget-directory"])
     except Failure as failure:
-        reason = f"agentpool cannot tell whether there is room: {failure}" if arguments["on-failure"] == "deny" else ""
+        reason = f"agentpool cannot tell whether there is room: {failure}" if denies else ""
     except Exception as error:  # a defect of ours; whatever it is, the user chose what it is to mean
         words = f"{type(error).__name__}: {error}"
-        reason = f"agentpool's hook failed: {words}" if arguments["on-failure"] == "deny" else ""
+        reason = f"agentpool's hook failed: {words}" if denies else ""
         sys.stderr.write(f"agentpool-hook: {words}\n")
     if reason:
         decision = {"hookEventName": "PreToolUse", "permissionDecision": "deny", "permissionDecisionReason": reason}
@@ -98,15 +102,16 @@ def _quoted(item: tuple[str, str]) -> str:
 # -- judging ---------------------------------------------------------------------------------------------------------
 
 
-def _arguments(words: list[str]) -> dict[str, str]:
-    found = {"on-failure": "allow", "budget-directory": f"/tmp/agentpool-{os.geteuid()}/budget"}
-    for name, value in zip(words[::2], words[1::2]):  # noqa: B905  a last one without a value says nothing
-        if name.removeprefix("--") in found:
-            found[name.removeprefix("--")] = value
-    return found
+def _arguments(words: list[str]) -> dict[str, str] | None:
+    """None: they are wrong. What the user wanted on failure is then not known."""
+    found = {"--on-failure": "allow", "--budget-directory": f"/tmp/agentpool-{os.geteuid()}/budget"}
+    if len(words) % 2 or not found.keys() >= set(words[::2]):
+        return None
+    found.update(zip(words[::2], words[1::2], strict=True))
+    return found if found["--on-failure"] in ("allow", "deny") else None
 
 
-def _judge(given: bytes, arguments: dict[str, str]) -> str:
+def _judge(given: bytes, budget_directory: str) -> str:
     """Why a sub-agent is not to start now; "": nothing is against it. Raises Failure."""
     try:
         call = _loads(given)
@@ -115,7 +120,7 @@ def _judge(given: bytes, arguments: dict[str, str]) -> str:
     if not isinstance(call, dict) or call.get("tool_name") not in _TOOLS:
         return ""
     problems: list[str] = []
-    reason = _spent(arguments["budget-directory"]) or _breaker(problems)
+    reason = _spent(budget_directory) or _breaker(problems)
     if not reason and problems:
         raise Failure("; ".join(problems))
     return reason
@@ -185,10 +190,10 @@ def _crc32(data: bytes) -> int:
 
 def _breaker(problems: list[str]) -> str:
     """Is the breaker of one of this user's pools open? What could not be asked is added to `problems`."""
-    paths = [os.path.join(folder, name) for folder in _folders() for name in _sockets(folder)]
-    if not paths:
+    addresses = {address: path for folder in _folders() for address, path in _sockets(folder)}
+    if not addresses:
         return ""
-    for pool, state, reason in _ask(paths, problems):
+    for pool, state, reason in _ask(addresses, problems):
         if state in _OPEN:
             return (f"the circuit breaker of pool {pool} is {state.replace('_', ' ')}: {reason}. Do not start this "
                     "sub-agent: do the work yourself, or try again later (`agentpool breaker show`).")
@@ -204,18 +209,21 @@ def _folders() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _sockets(folder: str) -> list[str]:
+def _sockets(folder: str) -> list[tuple[str, str]]:
+    """Address and path of each: the address is short, as there is room for 107 bytes, however long the path is."""
     try:
-        found = os.lstat(folder)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # for the rest of this process
+        found = os.fstat(descriptor)
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
             return []  # not ours: nobody we know is in there
-        return sorted(name for name in os.listdir(folder) if name.endswith(".sock") and not name.startswith("."))
+        names = [name for name in os.listdir(descriptor) if name.endswith(".sock") and not name.startswith(".")]
     except OSError:
         return []
+    return [(f"/proc/self/fd/{descriptor}/{name}", f"{folder}/{name}") for name in names]
 
 
-def _ask(paths: list[str], problems: list[str]) -> list[tuple[str, str, str]]:
-    """Name, breaker state and reason of each pool that answers in time."""
+def _ask(addresses: dict[str, str], problems: list[str]) -> list[tuple[str, str, str]]:
+    """Name, breaker state and reason of each pool that answers in time. The addresses come with their paths."""
     import select
 
     try:
@@ -227,11 +235,11 @@ def _ask(paths: list[str], problems: list[str]) -> list[tuple[str, str, str]]:
     waiting: dict[int, tuple[socket.socket, str, bytearray]] = {}
     answers = []
     poll = select.poll()
-    for path in paths:
+    for address, path in addresses.items():
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.setblocking(False)
         try:
-            connection.connect(path)
+            connection.connect(address)
             connection.sendall(b'{"id":1,"verb":"breaker","arguments":{}}\n')
         except (ConnectionRefusedError, FileNotFoundError):  # it has ended
             connection.close()
