@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
 
-__all__ = ["candidates", "connect", "listen", "open_folder", "remove_stale", "socket_names"]
+__all__ = ["NOTICE", "candidates", "connect", "listen", "open_folder", "remove_stale", "socket_names"]
 
 #: PID-SERIAL-RANDOM.sock; with a leading dot while it is being made
 _NAME: Final = re.compile(r"(\d{1,10})-(\d{1,10})-[0-9a-f]{8}\.sock")
 _BEING_MADE: Final = re.compile(r"\.\d{1,10}-\d{1,10}-[0-9a-f]{8}\.sock")
+#: Instead of ".sock": what a pool tells without being asked (`notice`).
+NOTICE: Final = ".breaker"
 #: A socket that is being made is finished after microseconds; its maker may be stopped meanwhile.
 _MAKING_SECONDS: Final = 60.0
 #: Clients that wait to be accepted. They wait while the pool's process is busy or stopped.
@@ -166,6 +168,8 @@ def remove_stale(folder: int, name: str) -> bool:
         connect(folder, name, 0.0).close()
     except ConnectionRefusedError:
         try:
+            with suppress(FileNotFoundError):
+                os.unlink(name.removesuffix(".sock") + NOTICE, dir_fd=folder)
             os.unlink(name, dir_fd=folder)
         except FileNotFoundError:  # somebody else was quicker
             return False

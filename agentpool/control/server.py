@@ -5,7 +5,7 @@ that nobody operates pays for one socket and for nothing else. The thread never 
 non-blocking, all buffers bounded) nor for the pool (no verb waits), and takes at most a fifth of a processor, whatever
 peers send: a request costs the one who asks. What is asked is carried out in `agentpool.control.verbs`.
 
-`open`, `start`, `close` and `abandon` are the manager thread's; everything else belongs to the thread.
+`start`, `show_breaker`, `close` and `abandon` are the manager thread's; everything else belongs to the thread.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 from agentpool.control import folder
+from agentpool.control.notice import BreakerNotice
 from agentpool.control.wire import LONGEST_REQUEST, ControlError, decode, encode
 
 __all__ = ["ControlServer", "Following", "Operator"]
@@ -125,6 +126,7 @@ class ControlServer:
         self._make_operator = operator
         self._operator: Operator | None = None
         self._listener, self.path = folder.listen(path, serial)
+        self._notice = BreakerNotice(self.path)
         #: guards the two descriptors below: who ends the pool may write to one while the thread ends, and closes it
         self._wake_lock = threading.Lock()
         self._wake_read = self._wake_write = -1
@@ -146,11 +148,16 @@ class ControlServer:
         thread.start()
         self._thread = thread
 
+    def show_breaker(self, pool: str, state: str, reason: str) -> None:
+        """See `BreakerNotice.show`."""
+        self._notice.show(pool, state, reason)
+
     def close(self) -> None:
         """The pool is over: remove the socket, tell those who follow it, end the thread. May be called twice."""
         if self._is_closing or self._is_abandoned:
             return
         self._is_closing = True
+        self._notice.remove()
         try:
             os.unlink(self.path)
         except OSError as error:  # the folder was removed meanwhile, perhaps with the session
@@ -170,6 +177,7 @@ class ControlServer:
     def abandon(self) -> None:
         """In a forked copy of the process: let go of all descriptors. The socket stays the parent's."""
         self._is_abandoned = True
+        self._notice.abandon()
         self._wake_lock = threading.Lock()  # a thread that is not here may have held it
         self._close_all()
 

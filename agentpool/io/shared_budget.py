@@ -4,9 +4,8 @@
     <id>.json      what that pool says of itself; it keeps a lock on it as long as it lives
     <id>.bell      a FIFO that the others write a byte to when something changed
 
-Locks are those of open file descriptions (OFD): the kernel releases them with the holder's last descriptor, whatever
-ended it; descriptors are close-on-exec, so that no child keeps one. They are asked for and looked at, never waited for:
-who waits is told by its bell, or by the pidfds of those who hold something. Why so: docs/decisions/0050.
+Locks are asked for and looked at, never waited for: who waits is told by its bell, or by the pidfds of those who hold
+something. Why so: docs/decisions/0050; what kind of locks: `records`.
 
 Knows nothing of core, and decides nothing. Only the manager thread of the pool that owns it may call it.
 """
@@ -15,40 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
-import struct
 import time
-import zlib
 from collections.abc import Iterable
 from typing import Any, Final
 
 from agentpool.errors import SettingsError
+from agentpool.io.records import LOCKS_EXIST, UNLOCKED, Record, is_locked, lock, read_record
 from agentpool.io.rundir import private_directory
 
 __all__ = ["Others", "SharedBudget"]
 
-#: struct flock of Linux on 64 bit: type, whence, start, length, pid
-_FLOCK: Final = "hhqqi4x"
-_UNLOCKED: Final = fcntl.F_UNLCK
-#: A record is written with one call into one page.
-_RECORD_BYTES: Final = 1024
 _RECORD: Final = ".json"
 _BELL: Final = ".bell"
-#: Readings of a record that was being written at that moment.
-_READINGS: Final = 100
-
-
-def _lock(descriptor: int, command: int, kind: int, start: int) -> int:
-    """Ask for a lock on one byte, or whether it is free; the lock's type as the kernel left it."""
-    answer = fcntl.fcntl(descriptor, command, struct.pack(_FLOCK, kind, os.SEEK_SET, start, 1, 0))
-    return int(struct.unpack(_FLOCK, answer)[0])
-
-
-def _is_locked(descriptor: int, start: int) -> bool:
-    """Does somebody else hold the byte? Disturbs nobody, as a trial to lock it would."""
-    return _lock(descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start) != _UNLOCKED
 
 
 class Others:
@@ -65,14 +43,14 @@ class SharedBudget:
     """This pool's place in the directory. Nothing is made before `join`. Raises OSError where the directory fails."""
 
     def __init__(self, directory: str) -> None:
-        if not hasattr(fcntl, "F_OFD_SETLK"):
+        if not LOCKS_EXIST:
             raise SettingsError("scope='host' needs the file locks of Linux (OFD), which this system does not have")
         self._directory = private_directory(directory)
         self.id = ""
         #: becomes readable when something changed; None: not joined
         self.bell: int | None = None
         self._slots = -1
-        self._record = -1
+        self._record: Record | None = None
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
@@ -90,29 +68,28 @@ class SharedBudget:
             os.mkfifo(self._path(self.id + _BELL), 0o600)
             # For reading and writing: there is no end of file when the others have closed theirs.
             self.bell = os.open(self._path(self.id + _BELL), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            hidden = self._path(f".{self.id}")
-            self._record = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            _lock(self._record, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, 0)
-            self.publish({})
-            os.rename(hidden, self._path(self.id + _RECORD))  # whoever sees it sees it locked
+            self._record = Record(self._path(self.id + _RECORD), {})
         except BaseException:
             self.leave()
             raise
 
     def leave(self) -> None:
         """Give back everything. May be called again, and at any time."""
+        if self._record is not None:
+            self._record.unlink()
         if self.id:
-            for name in (self.id + _RECORD, self.id + _BELL, f".{self.id}"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._path(name))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(self.id + _BELL))
         self.abandon()
 
     def abandon(self) -> None:
         """Close the descriptors and touch nothing: also in a forked copy of the process, where the locks go on."""
-        for descriptor in (self._slots, self._record, -1 if self.bell is None else self.bell):
+        for descriptor in (self._slots, -1 if self.bell is None else self.bell):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._slots = self._record = -1
+        if self._record is not None:
+            self._record.close()
+        self._slots, self._record = -1, None
         self.bell = None
         self.id = ""
 
@@ -120,9 +97,8 @@ class SharedBudget:
 
     def publish(self, record: dict[str, Any]) -> None:
         """Say this of the pool."""
-        text = json.dumps(record, separators=(",", ":")).encode()
-        line = b"%08x %s" % (zlib.crc32(text), text)
-        os.pwrite(self._record, line.ljust(_RECORD_BYTES, b"\n"), 0)
+        assert self._record is not None
+        self._record.write(record)
 
     def ring(self) -> None:
         """Tell all others that something changed."""
@@ -154,9 +130,9 @@ class SharedBudget:
 
         Raises FileNotFoundError where somebody removed this pool's files, so that the others see it no more.
         """
-        if not os.fstat(self._slots).st_nlink or not os.fstat(self._record).st_nlink:
+        if not os.fstat(self._slots).st_nlink or self._record is None or self._record.is_removed:
             raise FileNotFoundError(errno.ENOENT, "the files of the budget were removed", self._directory)
-        taken = frozenset(slot for slot in range(slots) if _is_locked(self._slots, slot))
+        taken = frozenset(slot for slot in range(slots) if is_locked(self._slots, slot))
         return Others(self.look_on(), taken)
 
     def look_on(self) -> dict[str, dict[str, Any]]:
@@ -170,18 +146,10 @@ class SharedBudget:
 
     def _read(self, member: str) -> dict[str, Any] | None:
         """What that pool says of itself; None: it has ended."""
-        path = self._path(member + _RECORD)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-        try:
-            if not _is_locked(descriptor, 0):
-                self._remove(member)
-                return None
-            return _parse(descriptor)
-        finally:
-            os.close(descriptor)
+        record = read_record(self._path(member + _RECORD))
+        if record is None:
+            self._remove(member)
+        return record
 
     def _remove(self, member: str) -> None:
         for kind in (_BELL, _RECORD):
@@ -199,7 +167,7 @@ class SharedBudget:
         got = []
         for slot in slots:
             try:
-                _lock(self._slots, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, slot)
+                lock(self._slots, slot)
             except (BlockingIOError, PermissionError):
                 continue
             got.append(slot)
@@ -208,13 +176,4 @@ class SharedBudget:
     def give(self, slots: Iterable[int]) -> None:
         """Give these slots back."""
         for slot in slots:
-            _lock(self._slots, fcntl.F_OFD_SETLK, _UNLOCKED, slot)
-
-
-def _parse(descriptor: int) -> dict[str, Any]:
-    for _ in range(_READINGS):
-        checksum, _, text = os.pread(descriptor, _RECORD_BYTES, 0).rstrip(b"\n").partition(b" ")
-        if checksum == b"%08x" % zlib.crc32(text):
-            found = json.loads(text)
-            return found if isinstance(found, dict) else {}
-    return {}  # no pool of ours wrote that
+            lock(self._slots, slot, UNLOCKED)

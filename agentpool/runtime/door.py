@@ -30,6 +30,9 @@ class Control(Protocol):
     def start(self) -> None:
         """Serve clients, in a thread of its own. Raises OSError or RuntimeError where there is none to be had."""
 
+    def show_breaker(self, pool: str, state: str, reason: str) -> None:
+        """Have it seen without asking. Raises nothing."""
+
     def close(self) -> None:
         """Remove the socket."""
 
@@ -40,13 +43,15 @@ class Control(Protocol):
 class Door:
     """See the module. `opener` is set by the pool before its first task, where it is to have a socket."""
 
-    __slots__ = ("_control", "_due", "_name", "_reactor", "is_due", "opener")
+    __slots__ = ("_breaker", "_control", "_due", "_name", "_reactor", "is_due", "opener")
 
     def __init__(self, name: str, reactor: Reactor) -> None:
         self._name = name
         self._reactor = reactor
         self._control: Control | None = None
         self._due = 0.0
+        #: state and reason, where it ever changed
+        self._breaker: tuple[str, str] | None = None
         self.opener: Callable[[], Control] | None = None
         #: it is to be opened: `wait_or_open` wants to be asked
         self.is_due = False
@@ -73,9 +78,17 @@ class Door:
         try:
             self._control = opener()
             self._reactor.watch(self._control.fileno(), self._first_client)
+            if self._breaker is not None:
+                self._control.show_breaker(self._name, *self._breaker)
         except OSError as error:
             log.info("pool %s has no control socket, and works without one: %s", self._name, error)
         return seconds
+
+    def breaker_changed(self, state: str, reason: str) -> None:
+        """Show it to whoever looks."""
+        self._breaker = state, reason
+        if self._control is not None:
+            self._control.show_breaker(self._name, state, reason)
 
     def _first_client(self) -> None:
         assert self._control is not None

@@ -152,6 +152,7 @@ class Performing(Ending):
     def _breaker_changed(self, old: str, new: str, reason: str) -> None:
         level = logging.WARNING if new == "open" else logging.INFO  # what was done by hand surprises nobody
         log.log(level, "circuit breaker %s: %s", new, reason or "recovered")
+        self.door.breaker_changed(new, reason)
         for listener in list(self.listeners):
             try:
                 listener(old, new, reason)

@@ -29,6 +29,16 @@ SETTINGS = '{\n  "includeCoAuthoredBy": false,\n  "hooks": {"PreToolUse": [{"mat
 SERVERS = '{"mcpServers": {}}'
 FLAWED = "import subprocess\nsubprocess.call('ls ' + input(), shell=True)\n"
 
+STOPPED = """
+import os, sys, time
+from agentpool import AgentPool
+
+pool = AgentPool(1, control=sys.argv[1])
+pool.submit(os.getpid).result()
+pool.breaker.force_open("night shift")
+time.sleep(600)
+"""
+
 MakePool = Callable[..., AgentPool]
 WaitUntil = Callable[..., None]
 
@@ -69,10 +79,12 @@ class ClaudeCode:
         return {str(path.relative_to(self.folder)): path.read_text() for path in sorted(self.folder.rglob("*"))
                 if path.is_file()}
 
-    def agentpool(self, *words: str) -> None:
+    def agentpool(self, *words: str) -> str:
+        """What it printed."""
         done = subprocess.run([AGENTPOOL, *words], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def say(self, prompt: str) -> list[Result]:
         """What the tools said that the model called for this prompt, which is a script for the local API."""
@@ -124,16 +136,22 @@ def pool(make_pool: MakePool, code: ClaudeCode, wait_until: WaitUntil) -> AgentP
 # -- the hook --------------------------------------------------------------------------------------------------------
 
 
+def open_breaker(pool: AgentPool, code: ClaudeCode, wait_until: WaitUntil) -> None:
+    pool.breaker.force_open("night shift")
+    wait_until(lambda: list(Path(code.control).glob("[0-9]*.breaker")), "it does not say so")
+
+
 def test_the_hook_denies_while_a_breaker_is_open_and_allows_when_it_is_closed(
-    code: ClaudeCode, pool: AgentPool, api: Any
+    code: ClaudeCode, pool: AgentPool, api: Any, wait_until: WaitUntil
 ) -> None:
     code.agentpool("install-claude", "--yes")
-    pool.breaker.force_open("night shift")
+    open_breaker(pool, code, wait_until)
     for denied in code.spawn(2):
         assert denied.is_error
         assert "the circuit breaker of pool guard is forced open: night shift" in denied.text
     assert ASKED not in api.requests, "a sub-agent was started"
     pool.breaker.reset()
+    wait_until(lambda: not list(Path(code.control).glob("*.breaker")), "it is still there")
     allowed = code.spawn(2)
     assert [HELLO in result.text for result in allowed] == [True, True]
     assert api.requests.count(ASKED) == 2
@@ -156,22 +174,29 @@ def test_the_hook_denies_while_the_budget_is_spent(
 
 
 @pytest.mark.parametrize(("policy", "is_allowed"), [("allow", True), ("deny", False)])
-def test_a_pool_that_does_not_answer_means_what_the_user_said(
-    code: ClaudeCode, wait_until: WaitUntil, policy: str, is_allowed: bool
-) -> None:
+def test_where_the_hook_cannot_tell_the_policy_decides(code: ClaudeCode, policy: str, is_allowed: bool) -> None:
+    Path(code.budget).touch(0o600)  # it was to be a directory
     code.agentpool("install-claude", "--yes", "--on-failure", policy)
-    program = ("import os, sys, time; from agentpool import AgentPool\n"
-               "pool = AgentPool(1, control=sys.argv[1]); pool.submit(os.getpid).result(); time.sleep(600)")
-    holder = subprocess.Popen([sys.executable, "-c", program, code.control])
+    (result,) = code.spawn(1)
+    assert (HELLO in result.text) == is_allowed
+    assert ("agentpool cannot tell whether there is room" in result.text) != is_allowed
+
+
+def test_the_breaker_of_a_pool_that_is_stopped_denies_and_that_of_a_killed_one_does_not(
+    code: ClaudeCode, wait_until: WaitUntil
+) -> None:
+    code.agentpool("install-claude", "--yes")
+    holder = subprocess.Popen([sys.executable, "-c", STOPPED, code.control])
     try:
-        wait_until(lambda: list(Path(code.control).glob("[0-9]*.sock")), "there is no control socket")
+        wait_until(lambda: list(Path(code.control).glob("[0-9]*.breaker")), "the breaker is not open")
         os.kill(holder.pid, signal.SIGSTOP)
-        (result,) = code.spawn(1)
+        (denied,) = code.spawn(1)
     finally:
         holder.kill()
         holder.wait()
-    assert (HELLO in result.text) == is_allowed
-    assert ("agentpool cannot tell whether there is room" in result.text) != is_allowed
+    assert "night shift" in denied.text
+    (allowed,) = code.spawn(1)
+    assert HELLO in allowed.text
 
 
 def test_with_deny_a_hook_that_cannot_be_started_denies(code: ClaudeCode, api: Any) -> None:
@@ -185,14 +210,14 @@ def test_with_deny_a_hook_that_cannot_be_started_denies(code: ClaudeCode, api: A
 
 
 def test_uninstalled_there_is_no_hook_and_the_files_are_as_they_were(
-    code: ClaudeCode, pool: AgentPool, api: Any
+    code: ClaudeCode, pool: AgentPool, wait_until: WaitUntil
 ) -> None:
     before = code.files()
     code.agentpool("install-claude", "--yes")
     assert code.files() != before
     code.agentpool("uninstall-claude", "--yes")
     assert code.files() == before
-    pool.breaker.force_open("night shift")
+    open_breaker(pool, code, wait_until)
     (allowed,) = code.spawn(1)
     assert HELLO in allowed.text
     (missing,) = code.say("CALL mcp__agentpool__pool_status {}")
@@ -215,12 +240,12 @@ def test_claude_calls_the_mcp_servers_tools(code: ClaudeCode, pool: AgentPool) -
     assert pool.breaker.get_state() == "forced_open"
 
 
-def test_for_a_user_it_is_in_each_project(code: ClaudeCode, pool: AgentPool) -> None:
+def test_for_a_user_it_is_in_each_project(code: ClaudeCode, pool: AgentPool, wait_until: WaitUntil) -> None:
     before = code.files()
     code.agentpool("install-claude", "--yes", "--user")
     assert code.files() == before
     assert [found["name"] for found in code.call("pool_status")["pools"]] == ["guard"]
-    pool.breaker.force_open("night shift")
+    open_breaker(pool, code, wait_until)
     (denied,) = code.spawn(1)
     assert "night shift" in denied.text
     code.agentpool("uninstall-claude", "--yes", "--user")
@@ -250,3 +275,23 @@ def test_a_real_mcp_client_drives_what_was_installed(code: ClaudeCode, pool: Age
     assert [done for done, _, _ in notes] == sorted({done for done, _, _ in notes}), "progress has to grow"
     assert notes[-1][2] == "2 of 2 done, 0 running"
     assert pool.breaker.get_state() == "forced_open"
+
+
+# -- looking ---------------------------------------------------------------------------------------------------------
+
+
+def test_ps_tells_what_a_session_of_claude_is(code: ClaudeCode, wait_until: WaitUntil) -> None:
+    code.environment["PATH"] = f"{Path(code.program).parent}:{code.environment['PATH']}"
+
+    def sessions() -> list[dict[str, str]]:
+        found = json.loads(code.agentpool("ps", "--json"))["foreign_agents"]["processes"]
+        return [each["session"] for each in found if each["pid"] == process.pid]
+
+    process = subprocess.Popen([code.program, "-p", "HANG"], cwd=code.folder, env=code.environment,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: [session.get("status") for session in sessions()] == ["busy"], "it is not known", 60)
+        assert [session["cwd"] for session in sessions()] == [str(code.folder)]
+    finally:
+        process.kill()
+        process.wait()
