@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
+from pydantic import BaseModel
 
 from agentpool import __version__
 from agentpool.cli.terminal import UsageProblem
@@ -39,13 +40,20 @@ __all__ = ["serve"]
 
 _INSTRUCTIONS: Final = (
     "Runs agents in pooled processes, no more at once than this machine's budget allows: calls wait for their turn. "
-    "Ask pool_status before you start sub-agents of your own."
+    "The agents are {agents}. Ask pool_status before you start sub-agents of your own."
 )
 #: Seconds between two notes of progress while nothing happens.
 _NOTE_SECONDS: Final = 1.0
 #: Seconds after which a worker without a task ends: the client may come back, and may not.
 _IDLE_SECONDS: Final = 30.0
-_ACTIONS: Final = ("show", "open", "close", "reset")
+
+
+class AgentTask(BaseModel, extra="forbid"):
+    """What one agent is to do."""
+
+    agent: str
+    prompt: str
+    path: str | None = None
 
 
 class Tools:
@@ -54,7 +62,7 @@ class Tools:
     def __init__(
         self, names: Sequence[str], *, max_workers: int, memory_limit: float | None, budget: HostBudget | None
     ) -> None:
-        self._names = tuple(dict.fromkeys(names or REVIEWERS))
+        self.names = tuple(dict.fromkeys(names or REVIEWERS))
         self._max_workers = max_workers
         self._memory_limit = memory_limit
         self._budget = budget
@@ -82,8 +90,8 @@ class Tools:
     # -- running -------------------------------------------------------------------------------------------------
 
     def _submit(self, agent: str, prompt: str, path: str | None, timeout_seconds: float | None) -> AgentFuture[Any]:
-        if agent not in self._names:
-            raise ToolError(f"there is no agent {agent!r} here; there are: {', '.join(self._names)}")
+        if agent not in self.names:
+            raise ToolError(f"there is no agent {agent!r} here; there are: {', '.join(self.names)}")
         if path is not None and not os.path.exists(path):
             raise ToolError(f"there is nothing at {path!r} to look at")
         if path is None and agent in REVIEWERS:
@@ -110,28 +118,23 @@ class Tools:
         return outcome
 
     async def run_agents(
-        self, context: Context, tasks: list[dict[str, str]], timeout_seconds: float | None = None
+        self, context: Context, tasks: list[AgentTask], timeout_seconds: float | None = None
     ) -> dict[str, Any]:
         """Run several agents, as many at once as the budget allows, and return what each found, in order.
 
-        tasks: for each agent {"agent": its name, "prompt": what it is to do, "path": what it is to look at}; `path` may
-        be left out. One that fails does not stop the others: its "ok" is false, and "error" says why.
+        tasks: for each agent its name, its prompt, and the path that it is to look at. One that fails does not stop the
+        others: its "ok" is false, and "error" says why.
         """
-        for task in tasks:
-            if unknown := set(task) - {"agent", "prompt", "path"}:
-                raise ToolError(f"a task has agent, prompt and path, and no {', '.join(sorted(unknown))}")
-            if "agent" not in task or "prompt" not in task:
-                raise ToolError(f"a task needs agent and prompt, got {task!r}")
         futures: list[AgentFuture[Any]] = []
         try:
             for task in tasks:
-                future = self._submit(task["agent"], task["prompt"], task.get("path"), timeout_seconds)
-                futures.append(future)
+                futures.append(  # noqa: PERF401  those before a wrong one are stopped
+                    self._submit(task.agent, task.prompt, task.path, timeout_seconds))
         except ToolError:
             _stop(futures)
             raise
         await self._wait(futures, context)
-        outcomes = [_outcome(task["agent"], future) for task, future in zip(tasks, futures, strict=True)]
+        outcomes = [_outcome(task.agent, future) for task, future in zip(tasks, futures, strict=True)]
         return {"ok": all(outcome["ok"] for outcome in outcomes), "agents": outcomes}
 
     async def _wait(self, futures: list[AgentFuture[Any]], context: Context) -> None:
@@ -148,6 +151,8 @@ class Tools:
                 seconds = time.monotonic() - began
                 await context.report_progress(done + seconds / (seconds + 60.0), len(futures) + 1, self._note(futures))
         except BaseException:  # cancelled by the client, or the client has gone
+            for each in waiting:
+                each.cancel()  # asyncio would complain that nobody looked at what becomes of it
             _stop(futures)
             raise
 
@@ -155,7 +160,7 @@ class Tools:
         done = sum(future.done() for future in futures)
         running = sum(future.running() for future in futures)
         words = f"{done} of {len(futures)} done, {running} running"
-        budget = self._own_pool().get_pool_stats()["host_budget"]
+        budget = self._pool.get_pool_stats()["host_budget"] if self._pool is not None else None
         if budget is not None and budget["waits_for"] and not running:
             words += f", waiting for {budget['waits_for']}"
         return words
@@ -171,7 +176,7 @@ class Tools:
                     pools.append(_short(client.call("status")))
             except ControlError as error:
                 pools.append({"name": found.pool.get("name"), "problem": str(error)})
-        return {"budget": self._budget_status(), "pools": pools, "agents": list(self._names)}
+        return {"budget": self._budget_status(), "pools": pools, "agents": list(self.names)}
 
     def _budget_status(self) -> dict[str, Any]:
         budget = self._budget or HostBudget()
@@ -188,16 +193,14 @@ class Tools:
         }
 
     def breaker(
-        self, action: str = "show", pool: str | None = None, reason: str | None = None,
-        ttl_seconds: float | None = None,
+        self, action: Literal["show", "open", "close", "reset"] = "show", pool: str | None = None,
+        reason: str | None = None, ttl_seconds: float | None = None,
     ) -> dict[str, Any]:
         """Look at the circuit breakers that stand in front of every start of a process, or set one.
 
         action: show, open (start nothing more), close (for ttl_seconds, whatever fails), or reset (judge as always).
         pool: name or id; needed to set one where there are several.
         """
-        if action not in _ACTIONS:
-            raise ToolError(f"action must be one of {', '.join(_ACTIONS)}, got {action!r}")
         pools = [found for found in find_pools() if pool is None or found.matches(pool)]
         if not pools and (pool is not None or action != "show"):
             raise ToolError(f"no pool {pool!r} is running" if pool is not None else "no pool is running")
@@ -251,7 +254,8 @@ def serve(
         if name not in STOCK and ":" not in name:
             raise UsageProblem(f"unknown agent {name!r}; known are {', '.join(STOCK)}, or 'module:Class'")
     tools = Tools(names, max_workers=max_workers, memory_limit=memory_limit, budget=budget)
-    server = MCPServer("agentpool", version=__version__, instructions=_INSTRUCTIONS, log_level="WARNING")
+    instructions = _INSTRUCTIONS.format(agents=", ".join(tools.names))
+    server = MCPServer("agentpool", version=__version__, instructions=instructions, log_level="WARNING")
     for tool in (tools.run_agent, tools.run_agents, tools.pool_status, tools.breaker):
         server.add_tool(tool)
     _keep_output_for_the_protocol()

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from mcp import Client, StdioServerParameters
+from mcp.client.stdio import stdio_client
 
-from agentpool import AgentPool
+from agentpool import AgentPool, HostBudget
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -64,11 +65,17 @@ class Session:
         )
 
     def talk(self, conversation: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        """Nothing that goes wrong in it is hidden in the server's standard error."""
         async def whole() -> Any:
-            async with Client(self.parameters) as client:
+            async with Client(stdio_client(self.parameters, errlog=said)) as client:
                 return await conversation(client)
 
-        return asyncio.run(asyncio.wait_for(whole(), 120))
+        with (self.folder / "stderr").open("w+") as said:
+            result = asyncio.run(asyncio.wait_for(whole(), 120))
+            said.seek(0)
+            assert "ERROR" not in (text := said.read()), text
+            assert "Traceback" not in text
+            return result
 
 
 @pytest.fixture
@@ -111,6 +118,32 @@ def test_many_agents_keep_to_the_budget_and_one_that_fails_stops_nobody(session:
     assert max(sum(changes[:end]) for end in range(len(changes) + 1)) == 2
 
 
+def test_who_waits_is_told_why_and_how_far_it_is(
+    session: Session, make_pool: Callable[..., AgentPool], wait_until: Callable[..., None]
+) -> None:
+    pool = make_pool(2, budget=HostBudget(agents=2, directory=str(session.folder / "budget")), control=False)
+    others = [pool.submit(time.sleep, 600) for _ in range(2)]
+    wait_until(lambda: all(other.running() for other in others), "they do not run")
+    notes: list[tuple[float, float | None, str | None]] = []
+
+    async def progress(done: float, total: float | None, words: str | None) -> None:
+        notes.append((done, total, words))
+        if len(notes) == 3:
+            for other in others:
+                other.kill()
+
+    async def conversation(client: Any) -> Any:
+        return await client.call_tool("run_agent", {"agent": "my_agents:Quick", "prompt": "hello"},
+                                      progress_callback=progress)
+
+    assert session.talk(conversation).structured_content["ok"]
+    assert [words for _, _, words in notes[:3]] == ["0 of 1 done, 0 running, waiting for a slot"] * 3
+    assert notes[-1][2] == "1 of 1 done, 0 running"
+    far = [done for done, _, _ in notes]
+    assert far == sorted(set(far)), "progress has to grow"
+    assert all(total == 2 and done < 2 for done, total, _ in notes)
+
+
 def test_errors_tell_the_client_what_is_wrong(session: Session) -> None:
     async def conversation(client: Any) -> list[str]:
         calls = [
@@ -118,6 +151,8 @@ def test_errors_tell_the_client_what_is_wrong(session: Session) -> None:
             ("run_agent", {"agent": "command", "prompt": "rm"}),
             ("run_agent", {"agent": "my_agents:Quick", "prompt": "x", "path": "/no/such/place"}),
             ("run_agents", {"tasks": [{"agent": "my_agents:Quick"}]}),
+            ("run_agents", {"tasks": [{"agent": "my_agents:Quick", "prompt": "x", "model": "opus"}]}),
+            ("run_agents", {"tasks": [{"agent": "my_agents:Endless", "prompt": mark}, {"agent": "no", "prompt": "x"}]}),
             ("breaker", {"action": "explode"}),
             ("breaker", {"action": "open", "pool": "nowhere"}),
         ]
@@ -128,12 +163,15 @@ def test_errors_tell_the_client_what_is_wrong(session: Session) -> None:
             said.append(answer.content[0].text)
         return said
 
-    failing, unknown, nowhere, half, explode, nobody = session.talk(conversation)
+    mark = str(session.folder / "mark")
+    failing, unknown, nowhere, half, more, second, explode, nobody = session.talk(conversation)
     assert "agent my_agents:Failing failed: ValueError: cannot do it" in failing
     assert "there is no agent 'command' here; there are: my_agents:Quick" in unknown
     assert "there is nothing at '/no/such/place'" in nowhere
-    assert "a task needs agent and prompt" in half
-    assert "action must be one of show, open, close, reset" in explode
+    assert "tasks.0.prompt\n  Field required" in half
+    assert "tasks.0.model\n  Extra inputs are not permitted" in more
+    assert "there is no agent 'no' here" in second
+    assert "Input should be 'show', 'open', 'close' or 'reset'" in explode
     assert "no pool 'nowhere' is running" in nobody
 
 
