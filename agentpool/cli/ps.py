@@ -46,9 +46,7 @@ def ps(
         print("No pool of this user is running.")
     if foreign and foreign["count"]:
         print(f"\n{foreign['count']} agent programs of no pool use {mb_words(foreign['memory_mb'])}:")
-        print_table(["PID", "NAME", "MEMORY", "UP"],
-                    [(each["pid"], each["name"], mb_words(each["memory_mb"]), seconds_words(each["age_seconds"]))
-                     for each in foreign["processes"]], right="PID MEMORY UP")
+        _print_foreign(foreign["processes"])
     if orphans:
         print(f"\n{len(orphans)} processes were left by pools that are dead; `agentpool sweep` ends them:")
         print_table(["PID", "POOL", "MEMORY", "UP", "COMMAND"],
@@ -79,6 +77,17 @@ def _row(pool: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
+def _print_foreign(processes: list[dict[str, Any]]) -> None:
+    titles = ["PID", "NAME", "MEMORY", "UP"]
+    rows = [[each["pid"], each["name"], mb_words(each["memory_mb"]), seconds_words(each["age_seconds"])]
+            for each in processes]
+    if any(each["session"] for each in processes):
+        titles += ["STATUS", "SESSION", "FOLDER"]
+        for row, each in zip(rows, processes, strict=True):
+            row += [each["session"].get(key, "-") for key in ("status", "name", "cwd")]
+    print_table(titles, rows, right="PID MEMORY UP", states="STATUS")
+
+
 def _orphans() -> list[dict[str, Any]]:
     from agentpool.agents.leftovers import find_leftovers
 
@@ -86,6 +95,15 @@ def _orphans() -> list[dict[str, Any]]:
 
 
 def _foreign(owned: set[int]) -> dict[str, Any]:
+    """What `find_foreign_agents` says; for each process also the session that it is, as far as Claude Code knows."""
     from agentpool.monitor import DEFAULT_AGENT_NAMES, find_foreign_agents
 
-    return find_foreign_agents(DEFAULT_AGENT_NAMES, owned)
+    found = find_foreign_agents(DEFAULT_AGENT_NAMES, owned)
+    sessions = {}
+    if "claude" in found["by_name"]:
+        from agentpool.cli.claude_sessions import find_sessions
+
+        sessions = find_sessions()
+    for process in found["processes"]:
+        process["session"] = sessions.get(process["pid"], {})
+    return found

@@ -107,6 +107,31 @@ def test_ps_finds_agent_programs_that_no_pool_owns(
     pool.kill_workers()
 
 
+@pytest.mark.parametrize(("says", "is_known"), [
+    ("""echo '[{"pid": '$SESSION', "status": "busy", "name": "night", "cwd": "/work"}, 7, {}]'""", True),
+    ("echo '[]'", False),
+    ("echo '{\"pid\": 1}'", False),
+    ("echo 'error: unknown option --json'; exit 1", False),
+    ("sleep 600 & sleep 600", False),
+])
+def test_ps_tells_what_claude_code_knows_of_its_sessions(run: Run, tmp_path: Path, says: str, is_known: bool) -> None:
+    session = tmp_path / "claude"
+    session.write_text("import sys\nsys.stdin.read()\n")
+    command = tmp_path / "bin" / "claude"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\n[ \"$*\" = 'agents --json' ] || exit 2\n{says}\n")
+    command.chmod(0o755)
+    path = f"{command.parent}:{os.environ['PATH']}"
+    with subprocess.Popen([sys.executable, str(session)], stdin=subprocess.PIPE) as process:
+        changed = {"PATH": path, "SESSION": str(process.pid)}
+        found = json.loads(run("ps", "--json", **changed).stdout)["foreign_agents"]["processes"]
+        known = {"status": "busy", "name": "night", "cwd": "/work"}
+        assert [each["session"] for each in found if each["pid"] == process.pid] == [known if is_known else {}]
+        lines = [line.split() for line in run("ps", **changed).stdout.splitlines()]
+        (cells,) = [cells for cells in lines if cells[:1] == [str(process.pid)]]
+        assert (cells[-3:] == ["busy", "night", "/work"]) == is_known
+
+
 def test_ps_finds_what_dead_pools_left(run: Run, served: Callable[..., AgentPool]) -> None:
     pool = served()
     with subprocess.Popen(["true"]) as gone:
