@@ -23,6 +23,8 @@ import typer
 from agentpool.cli import claude_files
 from agentpool.cli.claude_files import HOOK, SERVER, Commands
 from agentpool.cli.config import Configuration, read_configuration
+from agentpool.cli.mcp import NEEDED, can_serve
+from agentpool.cli.reach import Folder
 from agentpool.cli.terminal import UsageProblem, message
 
 __all__ = ["install_claude", "uninstall_claude"]
@@ -34,6 +36,7 @@ _NOT_WRITTEN: Final = 1
 _PROJECT = typer.Option("--project/--user", help="This project's files, or those of all your projects.")
 _YES = typer.Option("--yes", "-y", help="Write without asking.")
 _DRY = typer.Option("--dry-run", help="Show what would change, and write nothing.")
+_NAMED = typer.Option("--orchestrator", metavar="FILE", help="The orchestrator's instructions that had ours added.")
 _ORCHESTRATOR = typer.Option(
     "--orchestrator", metavar="FILE",
     help="Your own orchestrator's instructions, to which ours are added. Without it an agent of its own is made: "
@@ -65,9 +68,10 @@ def install_claude(
     on_failure: Annotated[
         str | None,
         typer.Option(
-            metavar="allow|deny", help="What the hook answers where it can ask nobody.  [default: as configured]"
+            metavar="allow|deny", help="What the hook answers where it cannot tell.  [default: as configured]"
         ),
     ] = None,
+    place: Folder = None,
     yes: Annotated[bool, _YES] = False,
     dry_run: Annotated[bool, _DRY] = False,
 ) -> None:
@@ -75,14 +79,17 @@ def install_claude(
     if on_failure not in (None, "allow", "deny"):
         raise UsageProblem(f"--on-failure must be allow or deny, got {on_failure!r}")
     found = read_configuration()
-    commands = _commands(found, on_failure or found.hook_policy)
+    commands = _commands(found, on_failure or found.hook_policy, place)
     changes = [_installed(target, commands) for target in _targets(project, orchestrator)]
-    raise typer.Exit(_carry_out(changes, yes=yes, dry_run=dry_run, done="installed"))
+    code = _carry_out(changes, yes=yes, dry_run=dry_run, done="installed")
+    if code == 0 and not can_serve():
+        message(f"the hook works as it is; {NEEDED}")
+    raise typer.Exit(code)
 
 
 def uninstall_claude(
     project: Annotated[bool, _PROJECT] = True,
-    orchestrator: Annotated[str | None, _ORCHESTRATOR] = None,
+    orchestrator: Annotated[str | None, _NAMED] = None,
     yes: Annotated[bool, _YES] = False,
     dry_run: Annotated[bool, _DRY] = False,
 ) -> None:
@@ -112,18 +119,19 @@ def _targets(is_project: bool, orchestrator: str | None) -> Sequence[_Target]:
     )
 
 
-def _commands(found: Configuration, policy: str) -> Commands:
+def _commands(found: Configuration, policy: str, place: str | None) -> Commands:
     import agentpool_worker.hook
 
     words = ["--on-failure", policy] if policy != "allow" else []
     directory = found.values["budget.directory"].value
     if directory:
         words += ["--budget-directory", str(directory)]
+    control = ["--control-dir", os.path.abspath(place)] if place else []
     # By whole paths: Claude Code's PATH may be another one. The script agentpool-hook would take half as long again.
     program = [sys.executable, "-IS", str(agentpool_worker.hook.__file__)]
     command = Path(sys.executable).with_name("agentpool")
     server = [str(command)] if command.exists() else [sys.executable, "-m", "agentpool"]
-    return Commands(claude_files.joined([*program, *words]), (*server, "mcp"), policy == "deny")
+    return Commands(claude_files.joined([*program, *words, *control]), (*server, "mcp", *control), policy == "deny")
 
 
 def _read(path: Path) -> str | None:

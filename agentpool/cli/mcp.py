@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from agentpool.cli.config import BUDGET_OPTION, read_configuration
+from agentpool.cli.reach import Folder
 from agentpool.cli.terminal import UsageProblem
 
-__all__ = ["mcp"]
+__all__ = ["NEEDED", "can_serve", "mcp"]
+
+NEEDED: Final = "serving MCP needs the package mcp, 2.3 or later: pip install 'agentpool-runtime[mcp]'"
 
 
 def mcp(
@@ -27,20 +30,22 @@ def mcp(
         float | None, typer.Option(metavar="MB", help="Stop an agent whose whole process tree uses more memory.")
     ] = None,
     budget: Annotated[bool | None, BUDGET_OPTION] = None,
+    place: Folder = None,
 ) -> None:
     """Serve agents to an MCP client, such as Claude Code, over standard input and output."""
-    if not _is_there("mcp.server.mcpserver"):
-        raise UsageProblem("serving MCP needs the package mcp, 2.3 or later: pip install 'agentpool-runtime[mcp]'")
+    if not can_serve():
+        raise UsageProblem(NEEDED)
     from agentpool.cli.mcp_server import serve
 
     serve(
         names=agents or [], max_workers=max_workers, memory_limit=memory_limit,
-        budget=None if budget is False else read_configuration().budget,
+        budget=None if budget is False else read_configuration().budget, place=place,
     )
 
 
-def _is_there(module: str) -> bool:
+def can_serve() -> bool:
+    """The package mcp is there, and new enough. It is not imported, which takes half a second."""
     try:
-        return find_spec(module) is not None
+        return find_spec("mcp.server.mcpserver") is not None
     except ModuleNotFoundError:  # a parent of it is none, or is another package
         return False

@@ -21,6 +21,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import BaseModel
 
 from agentpool import __version__
+from agentpool.cli.reach import folders
 from agentpool.cli.terminal import UsageProblem
 from agentpool.config import MB, HostBudget, PoolOptions
 from agentpool.control.client import FoundPool, find_pools
@@ -60,12 +61,14 @@ class Tools:
     """What the client may call. Its pool is made with the first agent."""
 
     def __init__(
-        self, names: Sequence[str], *, max_workers: int, memory_limit: float | None, budget: HostBudget | None
+        self, names: Sequence[str], *, max_workers: int, memory_limit: float | None, budget: HostBudget | None,
+        place: str | None,
     ) -> None:
         self.names = tuple(dict.fromkeys(names or REVIEWERS))
         self._max_workers = max_workers
         self._memory_limit = memory_limit
         self._budget = budget
+        self._place = place
         self._pool: AgentPool | None = None
         self._lock = threading.Lock()
 
@@ -74,7 +77,7 @@ class Tools:
 
         with self._lock:
             if self._pool is None or self._pool.closed:  # shut down by hand, by `agentpool shutdown`
-                settings: PoolOptions = {"idle_timeout": _IDLE_SECONDS}
+                settings: PoolOptions = {"idle_timeout": _IDLE_SECONDS, "control": self._place or True}
                 if self._budget is not None:
                     settings["budget"] = self._budget
                 if self._memory_limit is not None:
@@ -170,7 +173,7 @@ class Tools:
     def pool_status(self) -> dict[str, Any]:
         """How many agents run on this machine, how many more may, and how all pools of this user stand."""
         pools = []
-        for found in find_pools():
+        for found in find_pools(folders(self._place)):
             try:
                 with found.connect() as client:
                     pools.append(_short(client.call("status")))
@@ -201,7 +204,7 @@ class Tools:
         action: show, open (start nothing more), close (for ttl_seconds, whatever fails), or reset (judge as always).
         pool: name or id; needed to set one where there are several.
         """
-        pools = [found for found in find_pools() if pool is None or found.matches(pool)]
+        pools = [found for found in find_pools(folders(self._place)) if pool is None or found.matches(pool)]
         if not pools and (pool is not None or action != "show"):
             raise ToolError(f"no pool {pool!r} is running" if pool is not None else "no pool is running")
         if len(pools) > 1 and action != "show":
@@ -247,13 +250,16 @@ def _outcome(agent: str, future: AgentFuture[Any]) -> dict[str, Any]:
 
 
 def serve(
-    *, names: Sequence[str], max_workers: int, memory_limit: float | None, budget: HostBudget | None
+    *, names: Sequence[str], max_workers: int, memory_limit: float | None, budget: HostBudget | None, place: str | None
 ) -> None:
-    """Serves one client until it closes standard input. Raises UsageProblem for an agent that is not known."""
+    """Serves one client until it closes standard input. Raises UsageProblem for an agent that is not known,
+    CommandFailed for a folder that is not this user's own.
+    """
     for name in names:
         if name not in STOCK and ":" not in name:
             raise UsageProblem(f"unknown agent {name!r}; known are {', '.join(STOCK)}, or 'module:Class'")
-    tools = Tools(names, max_workers=max_workers, memory_limit=memory_limit, budget=budget)
+    folders(place)  # here, where a user sees what is wrong with it
+    tools = Tools(names, max_workers=max_workers, memory_limit=memory_limit, budget=budget, place=place)
     instructions = _INSTRUCTIONS.format(agents=", ".join(tools.names))
     server = MCPServer("agentpool", version=__version__, instructions=instructions, log_level="WARNING")
     for tool in (tools.run_agent, tools.run_agents, tools.pool_status, tools.breaker):

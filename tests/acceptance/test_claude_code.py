@@ -62,7 +62,8 @@ class ClaudeCode:
         self.budget = str(folder / "budget")
         self.control = str(folder / "agentpool")
         self.environment = {
-            **surroundings, "PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(folder),
+            **surroundings, "PATH": os.environ["PATH"],
+            "AGENTPOOL_CONTROL_DIR": self.control,  # other programs have pools too
             "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",  # else the first answer comes while sub-agents run
         }
         folder.chmod(0o700)
@@ -112,7 +113,7 @@ class ClaudeCode:
         """The MCP server as `install-claude` wrote it down."""
         entry = json.loads(self.servers.read_text())["mcpServers"]["agentpool"]
         return StdioServerParameters(command=entry["command"], args=entry["args"], cwd=self.folder,
-                                     env={name: self.environment[name] for name in ("HOME", "XDG_RUNTIME_DIR")})
+                                     env={"HOME": self.environment["HOME"]})
 
 
 def _text(content: Any) -> str:

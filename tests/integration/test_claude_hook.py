@@ -25,7 +25,6 @@ pytestmark = pytest.mark.timeout(120)
 HOOK = [sys.executable, "-IS", str(agentpool_worker.hook.__file__)]
 CALL = {"hook_event_name": "PreToolUse", "tool_name": "Agent", "tool_input": {"prompt": "x", "subagent_type": "y"}}
 
-
 IDLE = """
 import os, sys
 from agentpool import AgentPool, HostBudget
@@ -53,7 +52,7 @@ class Hook:
         folder.mkdir(mode=0o700)
         self.control = folder / "agentpool"
         self.budget = str(folder / "budget")
-        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
+        self.environment = {**os.environ, "AGENTPOOL_CONTROL_DIR": str(self.control)}  # other programs have pools too
 
     def ask(self, *words: str, call: Any = CALL) -> str:
         """Why it denies; "" where it has nothing against it."""
@@ -92,6 +91,20 @@ def test_an_open_breaker_denies_and_a_closed_one_does_not(
     assert hook.ask(call={**CALL, "tool_name": "Bash"}) == "", "that is none of its business"
     pool.breaker.reset()
     wait_until(lambda: not hook.ask("--on-failure", "deny"), "it goes on to deny")
+
+
+def test_unless_told_it_looks_where_pools_are_by_default(
+    hook: Hook, make_pool: Callable[..., AgentPool], wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(hook.control.parent)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+    pool = make_pool(1, name="found")
+    pool.submit(os.getpid).result(timeout=20)
+    pool.breaker.force_open("by hand")
+    wait_until(lambda: list(hook.control.glob("[0-9]*.breaker")), "it does not say so")
+    hook.environment = {"XDG_RUNTIME_DIR": folder}
+    assert "pool found is forced open: by hand" in hook.ask()
+    assert hook.ask("--control-dir", f"{folder}/none") == ""
 
 
 def test_a_spent_budget_denies_until_an_agent_has_ended(

@@ -40,10 +40,11 @@ class Project:
         self.settings.parent.mkdir(parents=True)
         self.home.mkdir()
 
-    def run(self, *words: str, code: int = 0) -> str:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("CLAUDE", "XDG"))}
+    def run(self, *words: str, code: int = 0, **changed: str) -> str:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CLAUDE", "XDG"))}
+        environment = {**kept, "HOME": str(self.home), **changed}
         done = subprocess.run([sys.executable, "-m", "agentpool", *words], cwd=self.folder, capture_output=True,
-                              text=True, env={**environment, "HOME": str(self.home)}, stdin=subprocess.DEVNULL,
+                              text=True, env=environment, stdin=subprocess.DEVNULL,
                               timeout=60, check=False)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
@@ -86,6 +87,48 @@ def test_it_shows_a_diff_and_writes_what_it_showed(project: Project) -> None:
     assert server["args"][-1] == "mcp"
     assert os.access(server["command"], os.X_OK)
     assert "name: agentpool-orchestrator" in project.agent.read_text()
+
+
+def test_without_the_extra_it_says_what_the_server_needs(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "mcp.py").write_text("")  # instead of the package
+    assert "pip install 'agentpool-runtime[mcp]'" in project.run("install-claude", PYTHONPATH=str(tmp_path))
+    assert project.hooks()
+    assert project.run("install-claude") == "Nothing to change.\n"
+
+
+def test_a_terminal_is_asked(project: Project) -> None:
+    parent, child = os.openpty()
+    with os.fdopen(parent, "r+b", buffering=0) as terminal:
+        for answer, is_written in ((b"n\n", False), (b"y\n", True)):
+            asking = subprocess.Popen([sys.executable, "-m", "agentpool", "install-claude"], cwd=project.folder,
+                                      stdin=child, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                      env={**os.environ, "HOME": str(project.home)})
+            terminal.write(answer)
+            shown, _ = asking.communicate(timeout=60)
+            assert b"Write this?" in shown
+            assert asking.returncode == (0 if is_written else 1)
+            assert project.settings.exists() == is_written
+        os.close(child)
+
+
+def test_a_file_that_changes_meanwhile_is_left_alone(project: Project) -> None:
+    fill(project)
+    parent, child = os.openpty()
+    with os.fdopen(parent, "r+b", buffering=0) as terminal:
+        asking = subprocess.Popen([sys.executable, "-m", "agentpool", "install-claude"], cwd=project.folder,
+                                  stdin=child, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  env={**os.environ, "HOME": str(project.home)})
+        os.close(child)
+        assert asking.stdout is not None
+        shown = b""
+        while b"Write this?" not in shown:
+            shown += asking.stdout.read1()
+        project.servers.write_text('{"mine": 1}')
+        terminal.write(b"y\n")
+        _, said = asking.communicate(timeout=60)
+    assert asking.returncode == 2
+    assert f"{project.servers} was changed meanwhile; nothing was written" in said.decode()
+    assert project.files() == {".claude/settings.json": SETTINGS, ".mcp.json": '{"mine": 1}'}
 
 
 def test_everything_else_stays_character_by_character(project: Project) -> None:
@@ -164,6 +207,14 @@ def test_uninstall_keeps_what_others_changed_since(project: Project) -> None:
     project.settings.write_text(project.settings.read_text().replace('"opus"', '"haiku"'))
     project.run("uninstall-claude")
     assert project.settings.read_text() == SETTINGS.replace('"opus"', '"haiku"')
+
+
+def test_the_folder_that_pools_are_in_is_passed_on(project: Project) -> None:
+    project.run("install-claude", "--control-dir", "sockets")
+    (hook,) = project.hooks()
+    assert shlex.split(hook["command"])[-2:] == ["--control-dir", str(project.folder / "sockets")]
+    server = json.loads(project.servers.read_text())["mcpServers"]["agentpool"]
+    assert server["args"] == ["mcp", "--control-dir", str(project.folder / "sockets")]
 
 
 def test_another_policy_changes_the_one_hook(project: Project) -> None:

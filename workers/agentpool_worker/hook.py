@@ -1,6 +1,8 @@
 """The hook of Claude Code: may it start a sub-agent now? Denied while a pool's breaker is open or the budget is spent.
 
-    python -IS .../hook.py [--on-failure allow|deny] [--budget-directory DIR]     (also installed as `agentpool-hook`)
+    python -IS .../hook.py [--on-failure allow|deny] [--budget-directory DIR] [--control-dir DIR]
+
+(also installed as `agentpool-hook`)
 
 Claude Code starts it before each sub-agent, writes the call as JSON to its standard input, and reads the decision from
 its standard output; nothing printed means that this hook has no objection. It starts no pool and asks none: it reads
@@ -37,11 +39,11 @@ def main() -> int:
     """Reads a hook's input and answers. The exit code is 0, or 2 for a wrong command line, which denies as well."""
     arguments = _arguments(sys.argv[1:])
     if arguments is None:
-        sys.stderr.write("usage: agentpool-hook [--on-failure allow|deny] [--budget-directory DIR]\n")
+        sys.stderr.write("usage: agentpool-hook [--on-failure allow|deny] [--budget-directory D] [--control-dir D]\n")
         return 2
     denies = arguments["--on-failure"] == "deny"
     try:
-        reason = _judge(sys.stdin.buffer.read(), arguments["--budget-directory"])
+        reason = _judge(sys.stdin.buffer.read(), arguments)
     except Failure as failure:
         reason = f"agentpool cannot tell whether there is room: {failure}" if denies else ""
     except Exception as error:  # a defect of ours; whatever it is, the user chose what it is to mean
@@ -101,14 +103,18 @@ def _quoted(item: tuple[str, str]) -> str:
 
 def _arguments(words: list[str]) -> dict[str, str] | None:
     """None: they are wrong. What the user wanted on failure is then not known."""
-    found = {"--on-failure": "allow", "--budget-directory": f"/tmp/agentpool-{os.geteuid()}/budget"}
+    found = {
+        "--on-failure": "allow",
+        "--budget-directory": f"/tmp/agentpool-{os.geteuid()}/budget",
+        "--control-dir": os.environ.get("AGENTPOOL_CONTROL_DIR", ""),
+    }
     if len(words) % 2 or not found.keys() >= set(words[::2]):
         return None
     found.update(zip(words[::2], words[1::2], strict=True))
     return found if found["--on-failure"] in ("allow", "deny") else None
 
 
-def _judge(given: bytes, budget_directory: str) -> str:
+def _judge(given: bytes, arguments: dict[str, str]) -> str:
     """Why a sub-agent is not to start now; "": nothing is against it. Raises Failure."""
     try:
         call = _loads(given)
@@ -117,9 +123,9 @@ def _judge(given: bytes, budget_directory: str) -> str:
     if not isinstance(call, dict) or call.get("tool_name") not in _TOOLS:
         return ""
     failures = []
-    for look, *where in ((_breaker,), (_spent, budget_directory)):
+    for look, where in ((_breaker, arguments["--control-dir"]), (_spent, arguments["--budget-directory"])):
         try:
-            if reason := look(*where):
+            if reason := look(where):
                 return reason
         except Failure as failure:  # what the other one knows still counts
             failures.append(failure)
@@ -128,9 +134,9 @@ def _judge(given: bytes, budget_directory: str) -> str:
     return ""
 
 
-def _breaker() -> str:
+def _breaker(directory: str) -> str:
     """Is the breaker of one of this user's pools open? As those say of which it is: see agentpool/control/notice.py."""
-    for folder in _folders():
+    for folder in [directory] if directory else _folders():
         for record in _records(folder, ".breaker"):
             state = str(record.get("state")).replace("_", " ")
             return (f"the circuit breaker of pool {record.get('pool')} is {state}: {record.get('reason')}. Do not "
