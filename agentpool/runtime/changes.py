@@ -209,10 +209,15 @@ class Changes(ABC):
             self._is_inside = False
 
     def _feed(self, event: Event) -> None:
-        """Tell the core of something now."""
-        with self._section() as now:
+        """Tell the core of something now. For the manager thread: `_section` written out, as no Ctrl-C comes there."""
+        with self.lock:
+            self._enter()
+            now = time.monotonic()
+            if self._inbox:
+                self._collect(now)
             event(now)
             self._take(now)
+            self._is_inside = False
 
     # -- under the lock ------------------------------------------------------------------------------------------
 
