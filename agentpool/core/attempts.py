@@ -36,7 +36,7 @@ DUMP_SECONDS: Final = 0.05
 class Attempts(Upkeep):
     """See the module."""
 
-    def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
+    def __init__(self, settings: PoolSettings, *, seed: int) -> None:
         super().__init__(settings, seed=seed)
         #: QUEUED tasks that did not kill a worker
         self.queue = LinedQueue()

@@ -67,7 +67,7 @@ class Counters:
 class Crew(ABC):
     """Workers of one pool. See `Scheduler`, which is what others use."""
 
-    def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
+    def __init__(self, settings: PoolSettings, *, seed: int) -> None:
         self.settings = settings
         hard = settings.hard_memory_limit_mb
         #: of a worker's tree while it starts, and while it runs a task that has no limit of its own
@@ -136,15 +136,15 @@ class Crew(ABC):
         """The worker's task, which has one, is in it no longer."""
 
     @abstractmethod
-    def _session_idle(self, now: float, worker: WorkerRecord, session: SessionRecord) -> None:
-        """The worker, which this session has, became idle."""
+    def _session_idle(self, now: float, session: SessionRecord) -> None:
+        """The worker that this session has became idle."""
 
     @abstractmethod
-    def _session_retired(self, now: float, worker: WorkerRecord, session: SessionRecord, reason: str) -> None:
+    def _session_retired(self, worker: WorkerRecord, session: SessionRecord, reason: str) -> None:
         """The worker, which this session has, was told to end."""
 
     @abstractmethod
-    def _session_killed(self, now: float, worker: WorkerRecord, session: SessionRecord, exit_: WorkerExit) -> None:
+    def _session_killed(self, worker: WorkerRecord, session: SessionRecord, exit_: WorkerExit) -> None:
         """The worker, which this session had, is gone."""
 
     @abstractmethod
@@ -200,7 +200,7 @@ class Crew(ABC):
         self._move_worker(worker, _IDLE)
         worker.idle_since = now
         if worker.session is not None:
-            self._session_idle(now, worker, worker.session)
+            self._session_idle(now, worker.session)
         timeout = self.settings.idle_timeout
         if worker.state_timer is None and timeout is not None:
             # Armed once and looked at when it fires: a timer per task would cost as much as the task.
@@ -222,7 +222,7 @@ class Crew(ABC):
         self._actions.append(Retire(worker, reason))
         self._is_dirty = True
         if worker.session is not None:
-            self._session_retired(now, worker, worker.session, reason)
+            self._session_retired(worker, worker.session, reason)
 
     def _kill(self, now: float, worker: WorkerRecord, reason: str) -> None:
         if worker.state is not _KILLED:
@@ -358,7 +358,7 @@ class Crew(ABC):
             self.breaker.probe_abandoned()
         worker.is_probe = False
         if worker.session is not None:
-            self._session_killed(now, worker, worker.session, exit_)
+            self._session_killed(worker, worker.session, exit_)
         if backlog:
             worker.backlog.clear()
             self._backlog_lost(now, backlog, worker, exit_)

@@ -29,7 +29,7 @@ BY_HAND: Final = "by hand"
 class Operations(Attempts):
     """See the module."""
 
-    def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
+    def __init__(self, settings: PoolSettings, *, seed: int) -> None:
         super().__init__(settings, seed=seed)
         #: what was asked for, whatever a smaller `max_workers` makes of it for a while
         self._asked_concurrent = settings.max_concurrent

@@ -22,7 +22,7 @@ __all__ = ["Rationing"]
 class Rationing(Operations):
     """See the module."""
 
-    def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
+    def __init__(self, settings: PoolSettings, *, seed: int) -> None:
         super().__init__(settings, seed=seed)
         #: group -> its tasks that run
         self.groups: dict[str, int] = {}

@@ -30,7 +30,7 @@ SESSION_IDLE: Final = "session idle"
 class Sessions(Rationing):
     """See the module."""
 
-    def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
+    def __init__(self, settings: PoolSettings, *, seed: int) -> None:
         super().__init__(settings, seed=seed)
         #: all and only those that have a worker or tasks
         self.sessions: dict[int, SessionRecord] = {}
@@ -132,17 +132,12 @@ class Sessions(Rationing):
     def close_session(self, now: float, session: SessionRecord) -> None:
         """Accept no more tasks in it; it ends with its last one."""
         session.is_closed = True
-        if not session.unresolved and session.worker is not None:
-            self._end_session(now, session)
+        self._end_session(now, session)
 
     def _end_session(self, now: float, session: SessionRecord) -> None:
-        """It has no tasks any more, and gets none: its worker goes."""
+        """It gets no more tasks; where it has none, its worker goes."""
         worker = session.worker
-        if worker is None or session.unresolved:
-            return
-        if worker.state is _BUSY:
-            worker.retire_reason = worker.retire_reason or SESSION_CLOSED
-        elif worker.state in (_IDLE, _CHECKING):
+        if worker is not None and not session.unresolved and worker.state in (_IDLE, _CHECKING):
             self._retire(now, worker, SESSION_CLOSED)
 
     def _end_sessions(self, now: float) -> None:
@@ -150,7 +145,7 @@ class Sessions(Rationing):
         for session in list(self.sessions.values()):
             self._end_session(now, session)
 
-    def _session_idle(self, now: float, worker: WorkerRecord, session: SessionRecord) -> None:
+    def _session_idle(self, now: float, session: SessionRecord) -> None:
         """Its worker became idle."""
         if session.idle_timeout is not None and session.timer is None:
             self._watch_session(session, now + session.idle_timeout)
@@ -161,7 +156,9 @@ class Sessions(Rationing):
     def _session_due(self, now: float, session: SessionRecord) -> None:
         session.timer = None
         worker, timeout = session.worker, session.idle_timeout
-        if worker is None or worker.state is not _IDLE or timeout is None:
+        assert worker is not None  # else the timer was cancelled
+        assert timeout is not None  # or never set
+        if worker.state is not _IDLE:
             return  # armed again when it is idle again
         due = max(session.used_at, worker.idle_since) + timeout
         if session.unresolved or now < due:
@@ -169,19 +166,19 @@ class Sessions(Rationing):
         else:
             self._retire(now, worker, SESSION_IDLE)
 
-    def _session_retired(self, now: float, worker: WorkerRecord, session: SessionRecord, reason: str) -> None:
+    def _session_retired(self, worker: WorkerRecord, session: SessionRecord, reason: str) -> None:
         """Its worker is told to end. Whether that is its proper end depends on who wanted it."""
-        if reason not in (SESSION_CLOSED, "shutdown"):
+        if reason != SESSION_CLOSED:
             session.error = failures.session_retired(session, worker, reason)
-        self._let_go(now, session)
+        self._let_go(session)
 
-    def _session_killed(self, now: float, worker: WorkerRecord, session: SessionRecord, exit_: WorkerExit) -> None:
+    def _session_killed(self, worker: WorkerRecord, session: SessionRecord, exit_: WorkerExit) -> None:
         """Its worker is gone, and was not told to end."""
         if session.worker is worker:
             session.error = failures.session_crashed(session, worker, exit_)
-            self._let_go(now, session)
+            self._let_go(session)
 
-    def _let_go(self, now: float, session: SessionRecord) -> None:
+    def _let_go(self, session: SessionRecord) -> None:
         """It has no worker any more, and will have none: what waits in it gets the reason."""
         self.timers.cancel(session.timer)
         session.worker = session.timer = None

@@ -32,7 +32,7 @@ MAX_TOOLS_STOPPED: Final = 20
 class Upkeep(Crew):
     """See the module."""
 
-    def __init__(self, settings: PoolSettings, *, seed: int = 0) -> None:
+    def __init__(self, settings: PoolSettings, *, seed: int) -> None:
         super().__init__(settings, seed=seed)
         self._is_host_asked = False
         self._host_timer: Timer | None = None
