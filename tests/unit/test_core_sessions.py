@@ -9,7 +9,8 @@ import tenacity
 
 from agentpool.config import MB
 from agentpool.core import actions as act
-from agentpool.core.records import SessionRecord
+from agentpool.core import failures
+from agentpool.core.records import HostState, SessionRecord, TaskRecord, TaskSpec, WorkerExit
 from agentpool.core.retry import RetryPolicy, compile_policy
 from agentpool.core.transitions import TaskState, WorkerState
 from agentpool.errors import (
@@ -303,3 +304,187 @@ class TestItsWorkerStays:
         bench.finish(task, seconds=1.0)
         bench.sample(worker, 190)
         assert session.error is None
+
+    def test_it_is_not_looked_at_again_while_it_runs_or_is_measured(self, make_bench) -> None:
+        """Its timer fires under a task, and by the time it would fire again, its memory is being looked at."""
+        bench, session, worker = pinned(make_bench, idle_timeout=10.0)
+        bench.advance(1.0)
+        task = bench.submit(session=session)
+        bench.advance(13.9)
+        bench.finish(task, seconds=13.9)
+        assert worker.state is WorkerState.CHECKING
+        bench.advance(0.5)
+        assert worker.state is WorkerState.CHECKING
+        assert session.error is None
+
+
+class TestTime:
+    def test_it_ends_to_the_moment_when_it_was_used_in_between(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench, idle_timeout=10.0)
+        bench.advance(1.0)
+        bench.finish(bench.submit(session=session))
+        bench.advance(9.9)
+        assert not bench.asked(act.Retire)
+        bench.advance(0.1)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session idle")]
+
+    def test_while_a_task_of_it_waits_it_is_looked_at_twice_in_that_time(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench, idle_timeout=10.0)
+        bench.advance(1.0)
+        again = RetryPolicy(wait=tenacity.wait_fixed(100), retry=tenacity.retry_if_exception_type(OSError))
+        task = bench.submit(session=session, policy=again)
+        bench.fail(task, OSError())
+        bench.advance(10.0)
+        assert bench.do(bench.core.cancel, task)
+        bench.advance(3.9)
+        assert not bench.asked(act.Retire)
+        bench.advance(0.1)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session idle")], "at 10 + 5"
+
+    def test_nothing_of_it_is_left_to_wake_up_for(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench, idle_timeout=1000.0)
+        bench.do(bench.core.close_session, session)
+        assert session.timer is None
+        bench.exit(worker, 0)
+        bench.advance(100.0)
+        assert bench.core.next_deadline() is None
+
+
+class TestPlaces:
+    def test_a_session_wants_one_worker_however_many_tasks_it_has(self, make_bench) -> None:
+        bench = make_bench(max_workers=4, max_concurrent=4)
+        session = opened()
+        tasks = [bench.submit(session=session) for _ in range(3)]
+        (worker,) = bench.spawned()
+        bench.ready(worker)
+        assert not bench.spawned(), "its tasks wait for this one"
+        bench.finish(tasks[0], seconds=1.0)
+        assert worker.state is WorkerState.CHECKING
+        assert not bench.spawned(), "while it is measured too"
+
+    def test_the_next_begins_when_one_that_waits_to_be_tried_again_is_cancelled(self, make_bench) -> None:
+        bench, session, _ = pinned(make_bench)
+        again = RetryPolicy(wait=tenacity.wait_fixed(100), retry=tenacity.retry_if_exception_type(OSError))
+        first, second = bench.submit(session=session, policy=again), bench.submit(session=session)
+        bench.fail(first, OSError())
+        assert second.state is TaskState.QUEUED
+        assert bench.do(bench.core.cancel, first)
+        assert second.state is TaskState.RUNNING
+
+    def test_what_can_begin_is_what_has_its_turn_a_worker_and_room_in_its_group(self, make_bench) -> None:
+        """For the invariants, which ask it of heads of lines only."""
+        bench, session, _ = pinned(make_bench, max_workers=3, max_concurrent=3)
+        could = bench.core._could_begin
+
+        def task(**spec) -> TaskRecord:
+            return TaskRecord(99, TaskSpec(**spec), None)
+
+        in_it, in_new, grouped = task(session=session), task(session=opened(2)), task(group="g", group_limit=1)
+        assert not could(task(expected_bytes=1)), "that depends on memory"
+        assert could(in_it)
+        assert not could(in_new), "no worker is idle but the session's"
+        assert not could(grouped)
+        other, _ = bench.started(session=opened(3))
+        bench.finish(other)
+        bench.do(bench.core.close_session, other.spec.session)
+        plain, _ = bench.started()
+        bench.finish(plain)
+        assert could(in_new)
+        assert could(grouped)
+        assert not could(task(group="g", group_limit=0))
+        in_new.spec.session.current = plain
+        assert not could(in_new), "another one has its turn"
+        in_new.spec.session.current = in_new
+        assert could(in_new)
+        session.current = plain
+        assert not could(in_it)
+        session.current = None
+        bench.started(session=session)
+        assert not could(in_it), "its worker is busy"
+
+    def test_a_session_weighs_memory_and_what_its_worker_has_is_part_of_it(self, make_bench) -> None:
+        bench = make_bench(max_workers=2, max_concurrent=2, min_available_mb=100)
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=300 * MB)
+        session = opened()
+        first = bench.submit(session=session, expected_bytes=150 * MB)
+        (worker,) = bench.spawned()
+        bench.ready(worker, 120 * MB)
+        assert first.worker is worker
+        bench.finish(first)
+        assert worker.state is WorkerState.IDLE
+        second = bench.submit(session=session, expected_bytes=320 * MB)
+        assert second.worker is worker, "200 MB are free, and 120 it has"
+
+
+class TestWhatIsTold:
+    def test_the_whole_refusal(self, make_bench) -> None:
+        bench, session, _ = pinned(make_bench)
+        bench.do(bench.core.close_session, session)
+        with pytest.raises(PoolClosedError, match=r"^cannot schedule new futures after the session was closed$"):
+            bench.submit(session=session)
+
+    def test_one_without_a_key_and_one_that_was_recycled_for_a_reason_of_its_own(self, make_bench) -> None:
+        bench = make_bench()
+        session = opened(7)
+        task, worker = bench.started(session=session)
+        bench.finish(task)
+        error = failures.session_retired(session, worker, "by the moon")
+        assert str(error) == (
+            f"session 7 is lost: its worker (pid {worker.pid}) was recycled (by the moon). "
+            "What its tasks had left there is gone: open a new one")
+        assert (error.key, error.reason, error.worker_pid) == (None, "recycled", worker.pid)
+
+    def test_the_error_knows_session_and_process(self, make_bench) -> None:
+        _, session, worker = pinned(make_bench, idle_timeout=10.0)
+        idle = failures.session_retired(session, worker, "session idle")
+        assert str(idle).startswith("session 1 (k) is lost: it was not used for longer than its idle_timeout of 10 s. ")
+        assert (idle.key, idle.reason, idle.worker_pid) == ("k", "idle", worker.pid)
+        memory = failures.session_retired(session, worker, "memory")
+        assert str(memory).startswith(f"session 1 (k) is lost: its worker (pid {worker.pid}) was recycled, as it")
+        assert "(memory_limit_mb=...). What" in str(memory)
+        crash = failures.session_crashed(session, worker, WorkerExit(exit_code=3, stderr_tail="last words"))
+        assert (crash.key, crash.exit_code, crash.worker_pid) == ("k", 3, worker.pid)
+
+    @pytest.mark.parametrize(("is_ordered", "crashed"), [(False, 1), (True, 0)])
+    def test_a_crash_counts_once_and_an_order_does_not(self, make_bench, is_ordered: bool, crashed: int) -> None:
+        bench, session, worker = pinned(make_bench)
+        lost, other = bench.started()
+        bench.exit(other)
+        assert bench.core.counters.crashed == 1
+        bench.submit(session=session)
+        if is_ordered:
+            bench.do(bench.core.kill_worker, worker.id, "by hand")
+        bench.exit(worker)
+        assert bench.core.counters.crashed == 1 + crashed
+        assert bench.outcomes[lost.id][0] is False
+
+    def test_every_loss_is_told_as_a_failure(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        again = RetryPolicy(wait=tenacity.wait_fixed(100), retry=tenacity.retry_if_exception_type(OSError))
+        first, second = bench.submit(session=session, policy=again), bench.submit(session=session)
+        bench.fail(first, OSError())
+        bench.exit(worker)
+        assert [bench.outcomes[task.id][0] for task in (first, second)] == [False, False]
+        assert len(bench.core.queue) == 0
+        fresh = bench.submit(session=opened(5))
+        assert fresh.state is TaskState.QUEUED
+        assert bench.core.startable(9) == 1
+
+    def test_closing_one_that_waits_to_be_tried_again_keeps_it_until_then(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        again = RetryPolicy(wait=tenacity.wait_fixed(5), retry=tenacity.retry_if_exception_type(OSError))
+        task = bench.submit(session=session, policy=again)
+        bench.fail(task, OSError())
+        bench.do(bench.core.close_session, session)
+        assert not bench.asked(act.Retire)
+        bench.advance(5.0)
+        assert task.worker is worker
+        bench.finish(task)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session closed")]
+
+    def test_one_that_was_never_used_can_be_closed(self, make_bench) -> None:
+        bench = make_bench()
+        session = opened()
+        bench.do(bench.core.close_session, session)
+        with pytest.raises(PoolClosedError):
+            bench.submit(session=session)
