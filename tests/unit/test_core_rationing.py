@@ -8,6 +8,8 @@ import pytest
 
 from agentpool.config import MB
 from agentpool.core import actions as act
+from agentpool.core.crew import HOST_READING_AGE
+from agentpool.core.failures import memory_awaited
 from agentpool.core.records import HostState
 from agentpool.core.retry import compile_policy
 from agentpool.core.transitions import TaskState
@@ -279,3 +281,146 @@ def test_a_shutdown_without_waiting_cancels_those_in_lines(make_bench, paused: b
     if paused:
         bench.do(bench.core.pause)
     assert bench.do(bench.core.shutdown, cancel_futures=True) == [waiting]
+
+
+class TestToTheByte:
+    """Where the limits of what is promised begin."""
+
+    def test_a_task_that_needs_all_that_can_be_promised_begins(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        assert bench.submit(expected_bytes=1_020 * MB).state is TaskState.RUNNING, "20 are its worker's"
+
+    def test_and_not_with_a_byte_more(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        assert bench.submit(expected_bytes=1_020 * MB + 1).state is TaskState.QUEUED
+
+    def test_what_a_worker_holds_already_needs_nothing_however_little_there_is(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=400 * MB)
+        bench.do(bench.core.host_sampled, bench.host)
+        assert bench.submit(expected_bytes=20 * MB).state is TaskState.RUNNING
+        assert bench.core.reserved_bytes == 0
+
+    def test_one_byte_more_than_the_worker_holds_is_a_need(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=400 * MB)
+        bench.do(bench.core.host_sampled, bench.host)
+        assert bench.submit(expected_bytes=20 * MB + 1).state is TaskState.QUEUED
+
+    def test_one_that_expects_nothing_needs_nothing(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=100 * MB)
+        bench.do(bench.core.host_sampled, bench.host)
+        assert bench.submit(expected_bytes=0).state is TaskState.RUNNING
+
+    def test_what_the_host_has_in_all_is_not_too_much(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        refused = bench.submit(expected_bytes=9_500 * MB + 1)
+        is_value, error = bench.outcomes[refused.id]
+        assert is_value is False
+        assert str(error) == (
+            f"task {refused.id} expects 9500 MB (expected_memory_mb), and this host or container has only 9500 MB to give, "
+            "all in all, less min_available_mb; expect less, or run it elsewhere")
+        waiting = bench.submit(expected_bytes=9_500 * MB)
+        assert waiting.id not in bench.outcomes
+
+    def test_a_reading_of_a_second_ago_is_fresh(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        bench.host = None
+        at = bench.core.governor.sampled_at
+        bench.now = at + HOST_READING_AGE
+        assert bench.submit(expected_bytes=MB).state is TaskState.RUNNING
+
+    def test_memory_that_came_since_is_not_promised_by_the_reading_before(self, make_bench) -> None:
+        """A worker that holds more than was expected has nothing promised, not a negative sum."""
+        bench = crew(make_bench, 2)
+        task = bench.submit(expected_bytes=100 * MB)
+        bench.sample(task.worker, 300)
+        bench.do(bench.core.host_sampled, TIGHT)
+        assert (bench.core.reserved_bytes, task.worker.reserved_bytes) == (0, 0)
+
+
+class TestWorkersForLines:
+    def test_as_many_are_started_as_the_memory_has_room_for(self, make_bench) -> None:
+        bench = make_bench(max_workers=5, max_concurrent=5, memory_limit_mb=None)
+        bench.host = TIGHT
+        for _ in range(4):
+            bench.submit(expected_bytes=400 * MB)
+        assert len(bench.spawned()) == 2, "1,000 MB can be promised"
+
+    def test_to_the_byte(self, make_bench) -> None:
+        bench = make_bench(max_workers=5, max_concurrent=5, memory_limit_mb=None)
+        bench.host = TIGHT
+        for _ in range(3):
+            bench.submit(expected_bytes=500 * MB)
+        assert len(bench.spawned()) == 2
+
+    def test_in_lines_and_plain_together_no_more_than_may_run(self, make_bench) -> None:
+        bench = make_bench(max_workers=9, max_concurrent=3)
+        for group in "abcd":
+            bench.submit(group=group, group_limit=2)
+            bench.submit(group=group, group_limit=2)
+        assert len(bench.spawned()) == 3
+        bench = make_bench(max_workers=9, max_concurrent=9)
+        bench.submit()
+        for group in "ab":
+            bench.submit(group=group, group_limit=1)
+            bench.submit(group=group, group_limit=1)
+        assert len(bench.spawned()) == 3, "one of each line, and the plain one"
+
+    def test_a_line_whose_tasks_were_withdrawn_wants_nobody(self, make_bench) -> None:
+        bench = make_bench(max_workers=4, max_concurrent=4)
+        bench.do(bench.core.pause)
+        gone = bench.submit(group="a", group_limit=1)
+        bench.submit(group="b", group_limit=1)
+        assert bench.do(bench.core.cancel, gone)
+        bench.do(bench.core.resume)
+        assert len(bench.spawned()) == 1
+
+    def test_a_group_without_a_limit_is_none(self, make_bench) -> None:
+        bench = make_bench(max_workers=3, max_concurrent=3)
+        tasks = [bench.submit(group="g", expected_bytes=MB) for _ in range(3)]
+        for worker in bench.spawned():
+            bench.ready(worker)
+        assert states(tasks) == ["RUNNING"] * 3
+
+    def test_a_limit_without_a_group_is_none(self, make_bench) -> None:
+        bench = make_bench(max_workers=3, max_concurrent=3)
+        tasks = [bench.submit(group_limit=1, expected_bytes=MB) for _ in range(2)]
+        for worker in bench.spawned():
+            bench.ready(worker)
+        assert states(tasks) == ["RUNNING"] * 2
+
+
+class TestWhyItWaited:
+    def test_for_its_group_only_where_that_is_full(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        bench.submit()
+        late = bench.submit(group="g", group_limit=1, queue_timeout=1.0)
+        bench.advance(1.0)
+        assert str(bench.outcomes[late.id][1]) == (
+            f"task {late.id} waited longer than its queue_timeout of 1 s and was not started; raise max_concurrent, or "
+            "allow it to wait longer")
+
+    def test_for_a_worker_while_another_one_waits_for_memory(self, make_bench) -> None:
+        bench = crew(make_bench, 2)
+        bench.submit(expected_bytes=900 * MB)
+        bench.submit(expected_bytes=900 * MB)
+        bench.submit()
+        plain = bench.submit(queue_timeout=1.0)
+        bench.advance(1.0)
+        assert "started; raise max_concurrent" in str(bench.outcomes[plain.id][1])
+
+    def test_for_memory_of_which_nothing_is_known_or_too_much_was_promised(self) -> None:
+        for free in (None, 0, -5 * MB):
+            assert memory_awaited(600 * MB, free, 300 * MB) == (
+                "; it expects 600 MB (expected_memory_mb), and 0 MB can be promised, beside 300 MB that are promised to "
+                "tasks that run")
+
+
+def test_a_group_that_a_finished_task_leaves_lets_the_next_begin_at_once(make_bench) -> None:
+    bench = crew(make_bench, 2)
+    first, second = (bench.submit(group="g", group_limit=1) for _ in range(2))
+    assert states([first, second]) == ["RUNNING", "QUEUED"]
+    bench.finish(first, seconds=1.0)
+    assert second.state is TaskState.RUNNING, "in the other worker, as the first is measured"
