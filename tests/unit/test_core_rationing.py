@@ -319,8 +319,8 @@ class TestToTheByte:
         is_value, error = bench.outcomes[refused.id]
         assert is_value is False
         assert str(error) == (
-            f"task {refused.id} expects 9500 MB (expected_memory_mb), and this host or container has only 9500 MB to give, "
-            "all in all, less min_available_mb; expect less, or run it elsewhere")
+            f"task {refused.id} expects 9500 MB (expected_memory_mb), and this host or container has only 9500 MB to "
+            "give, all in all, less min_available_mb; expect less, or run it elsewhere")
         waiting = bench.submit(expected_bytes=9_500 * MB)
         assert waiting.id not in bench.outcomes
 
@@ -414,8 +414,8 @@ class TestWhyItWaited:
     def test_for_memory_of_which_nothing_is_known_or_too_much_was_promised(self) -> None:
         for free in (None, 0, -5 * MB):
             assert memory_awaited(600 * MB, free, 300 * MB) == (
-                "; it expects 600 MB (expected_memory_mb), and 0 MB can be promised, beside 300 MB that are promised to "
-                "tasks that run")
+                "; it expects 600 MB (expected_memory_mb), and 0 MB can be promised, beside 300 MB that are promised "
+                "to tasks that run")
 
 
 def test_a_group_that_a_finished_task_leaves_lets_the_next_begin_at_once(make_bench) -> None:
