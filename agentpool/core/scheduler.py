@@ -85,7 +85,7 @@ class Scheduler(Sessions):
                 "options(block=True) from a thread that may wait"
             )
         if task.spec.session is not None:
-            self._join_session(now, task, task.spec.session)
+            self._join_session(now, task.spec.session)
         self.counters.submitted += 1
         self.unresolved += 1
         task.queued_at = now
@@ -302,7 +302,7 @@ class Scheduler(Sessions):
         if self.is_memory_awaited and not queue.line_length:
             self.is_memory_awaited = False
         if self._hungry:
-            self._feed(now)
+            self._feed()
         self._consider_spawning(now)
         if self.is_closing:
             self._consider_failing(now)
@@ -407,9 +407,8 @@ class Scheduler(Sessions):
         if left <= 1 + len(worker.backlog) and seconds is not None and seconds <= SUCCESSOR_LEAD:
             worker.is_leaving = True
             self.leaving += 1
-            self._is_dirty = True
 
-    def _feed(self, now: float) -> None:
+    def _feed(self) -> None:
         """Send short calls ahead to workers that just ended one, while the queue is deep."""
         hungry, self._hungry = self._hungry, []
         if self.isolated or self.alone is not None or not self.concurrency:
@@ -465,7 +464,7 @@ class Scheduler(Sessions):
         isolated = min(len(self.isolated), slots)
         queue = self.queue
         waiting = queue.plain_length
-        if queue.line_length and slots > 0:
+        if queue.line_length:
             waiting += self._line_demand(slots)
         return isolated + max(0, min(waiting, slots - isolated) - len(self.idle))
 

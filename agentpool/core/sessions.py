@@ -39,7 +39,7 @@ class Sessions(Rationing):
 
     # -- tasks of a session --------------------------------------------------------------------------------------
 
-    def _join_session(self, now: float, task: TaskRecord, session: SessionRecord) -> None:
+    def _join_session(self, now: float, session: SessionRecord) -> None:
         """A task is about to be accepted. Raises SessionLostError and PoolClosedError."""
         if session.error is not None:
             raise failures.fresh(session.error)
