@@ -185,3 +185,45 @@ class TestTool:
         assert worker.state is WorkerState.BUSY
         pass_limit(bench, task, 500, processes=2)
         assert isinstance(bench.outcomes[task.id][1], MemoryLimitError)
+
+
+class TestWhileOneIsToRunAlone:
+    def to_run_alone(self, make_bench):
+        """A bench with a used worker that is idle, another task that runs, and one that waits for it to end."""
+        bench = make_bench(max_workers=4)
+        tasks = [bench.submit() for _ in range(2)]
+        alone = bench.submit(policy=Escalate(alone=True), hard_limit_bytes=100 * MB)
+        for worker in bench.spawned():
+            bench.ready(worker)
+        pass_limit(bench, alone, 500)
+        bench.finish(tasks[0])
+        bench.advance(60)
+        assert alone.is_alone
+        assert alone.state is TaskState.QUEUED
+        assert len(bench.core.idle) == 1
+        return bench, alone, tasks[1]
+
+    def test_an_idle_worker_is_not_used_although_a_fresh_one_is_still_to_be_started(self, make_bench) -> None:
+        bench, _, _ = self.to_run_alone(make_bench)
+        assert bench.core.starting == 0
+        assert bench.submit().state is TaskState.QUEUED
+
+    def test_its_worker_is_started_when_all_have_ended_and_it_is_one(self, make_bench) -> None:
+        bench, alone, other = self.to_run_alone(make_bench)
+        bench.submit()
+        bench.submit()
+        assert not bench.spawned()
+        bench.finish(other)
+        (worker,) = bench.spawned()
+        assert bench.core.starting == 1
+        bench.do(bench.core.force_open, "maintenance")
+        assert bench.submit().state is TaskState.QUEUED, "its worker is on the way"
+        bench.ready(worker)
+        assert alone.worker is worker
+
+    def test_where_no_worker_may_start_the_others_are_not_kept_waiting(self, make_bench) -> None:
+        bench, alone, other = self.to_run_alone(make_bench)
+        bench.do(bench.core.force_open, "maintenance")
+        assert bench.submit().state is TaskState.RUNNING
+        bench.finish(other)
+        assert alone.state is TaskState.QUEUED

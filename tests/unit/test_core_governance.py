@@ -6,7 +6,7 @@ import pytest
 
 from agentpool.config import MB, BreakerSettings, PoolSettings
 from agentpool.core.breaker import Breaker
-from agentpool.core.governance import Governor, biggest_offender, leaving_bytes
+from agentpool.core.governance import CPU_CONSECUTIVE, HYSTERESIS, Governor, biggest_offender, leaving_bytes
 from agentpool.core.records import HostState, StopCause, TaskRecord, TaskSpec, WorkerRecord
 from agentpool.core.retry import RetryPolicy
 from agentpool.core.transitions import BreakerState, WorkerState
@@ -177,3 +177,84 @@ class TestVictim:
         workers = [worker(1, 1, WorkerState.RETIRING), worker(2, 10, WorkerState.KILLED), stopped(worker(3, 100)),
                    worker(4, 1000), worker(5, 10_000, WorkerState.IDLE)]
         assert leaving_bytes(workers) == 111 * MB
+
+
+class TestToTheLimit:
+    """What is just at a limit is not above it, and good enough is good enough."""
+
+    def test_pressure_at_its_threshold_is_bearable(self) -> None:
+        governor, breaker = make(pressure_threshold=60)
+        governor.host_sampled(0.0, host(pressure=60), 0.0)
+        assert breaker.state is BreakerState.CLOSED
+
+    @pytest.mark.parametrize(("available", "pressure", "is_closed"), [
+        (500 * HYSTERESIS, 60 / HYSTERESIS, True), (500 * HYSTERESIS - 1, 0, False),
+        (8000, 60 / HYSTERESIS + 0.1, False),
+    ])
+    def test_it_recovers_at_a_distance_from_both(self, available: float, pressure: float, is_closed: bool) -> None:
+        governor, breaker = make(min_available_mb=500, pressure_threshold=60)
+        governor.host_sampled(0.0, host(400), 0.0)
+        for now in (2.0, 4.0, 6.0):
+            governor.host_sampled(now, host(available, pressure=pressure), 0.0)
+        assert (breaker.state is BreakerState.CLOSED) is is_closed
+
+    def test_the_breaker_that_recovers_is_told_when(self) -> None:
+        """Failed starts had opened it as well: their 30 seconds are over by then, or not."""
+        for good_at, state in ((10.0, BreakerState.OPEN), (100.0, BreakerState.HALF_OPEN)):
+            governor, breaker = make(min_available_mb=500)
+            for number in range(5):
+                breaker.start_failed(float(number), "no luck", is_probe=False)
+            governor.host_sampled(5.0, host(400), 0.0)
+            governor.host_sampled(good_at, host(), 0.0)
+            governor.host_sampled(good_at + 2, host(), 0.0)
+            assert breaker.state is state
+
+    def test_one_low_reading_between_good_ones_stops_nobody(self) -> None:
+        governor, _ = make(min_available_mb=500)
+        governor.host_sampled(0.0, host(400), 0.0)
+        assert not governor.may_stop_one
+        governor.host_sampled(2.0, host(), 0.0)
+        governor.host_sampled(4.0, host(400), 0.0)
+        assert not governor.may_stop_one
+        governor.host_sampled(6.0, host(400), 0.0)
+        assert governor.may_stop_one
+
+    def test_the_first_good_reading_is_one_of_two(self) -> None:
+        governor, breaker = make(min_available_mb=500)
+        governor._breaker.hold("available", "by hand")
+        governor.host_sampled(0.0, host(), 0.0)
+        assert breaker.state is BreakerState.OPEN
+        governor.host_sampled(2.0, host(), 0.0)
+        assert breaker.state is BreakerState.CLOSED
+
+    def test_cpu_at_its_threshold_is_no_reason(self) -> None:
+        governor, _ = make(cpu_threshold_percent=80)
+        for now in range(20):
+            governor.host_sampled(float(now), host(cpu=80.0), 0.0)
+        assert governor.reasons == {}
+
+    def test_high_cpu_is_counted_in_a_row_from_nothing(self) -> None:
+        governor, _ = make(cpu_threshold_percent=80)
+        now = 0.0
+        for _ in range(5):
+            for cpu in [90.0] * (CPU_CONSECUTIVE - 1) + [80.0]:
+                governor.host_sampled(now, host(cpu=cpu), 0.0)
+                now += 1
+        assert governor.reasons == {}
+
+    def test_cpu_is_good_again_at_its_distance(self) -> None:
+        governor, _ = make(cpu_threshold_percent=80)
+        for now in range(CPU_CONSECUTIVE):
+            governor.host_sampled(float(now), host(cpu=90.0), 0.0)
+        assert governor.reasons
+        governor.host_sampled(50.0, host(cpu=80 / HYSTERESIS + 0.1), 0.0)
+        assert governor.reasons
+        governor.host_sampled(51.0, host(cpu=80 / HYSTERESIS), 0.0)
+        assert governor.reasons == {}
+
+    def test_others_use_what_this_pool_does_not(self) -> None:
+        governor, _ = make()
+        governor.host_sampled(0.0, host(cpu=50.0), 49.5)
+        assert governor.others_cpu_percent == 0.5
+        governor.host_sampled(1.0, host(cpu=50.0), 60.0)
+        assert governor.others_cpu_percent == 0.0

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import tenacity
 
-from agentpool.config import BreakerSettings
+from agentpool.config import MB, BreakerSettings
 from agentpool.core import actions as act
 from agentpool.core.placement import GIVE_BACK_AFTER, MAX_BACKLOG
-from agentpool.core.records import StopCause, TaskRecord, TaskSpec
-from agentpool.core.retry import RetryPolicy
+from agentpool.core.records import HostState, SessionRecord, StopCause, TaskRecord, TaskSpec
+from agentpool.core.retry import RetryPolicy, compile_policy
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
 from agentpool.errors import (
     InitializerError,
     PoolClosedError,
     QueueFullError,
     TaskKilledError,
+    TaskTimeoutError,
     WorkerCrashedError,
 )
 
@@ -635,3 +636,133 @@ class TestDeadlines:
         worker = bench.idle_worker()
         assert bench.core.take_actions(bench.now) == []
         assert worker.state is WorkerState.IDLE
+
+
+class TestInDetail:
+    def test_the_whole_refusal_of_a_full_queue(self, make_bench) -> None:
+        bench = make_bench(max_workers=1, max_pending=2)
+        bench.started()
+        for _ in range(2):
+            bench.submit()
+        with pytest.raises(QueueFullError) as raised:
+            bench.submit()
+        assert str(raised.value) == (
+            "2 tasks are queued already (max_pending); wait for results, raise max_pending, or submit with "
+            "options(block=True) from a thread that may wait")
+
+    def test_a_breaker_that_is_opened_for_a_time_closes_after_it(self, make_bench) -> None:
+        bench = make_bench()
+        bench.now = 100.0
+        bench.do(bench.core.force_open, "maintenance", 5.0)
+        bench.submit()
+        bench.advance(4.9)
+        assert not bench.spawned()
+        bench.advance(0.1)
+        assert len(bench.spawned()) == 1
+
+    def test_a_breaker_that_is_held_closed_for_a_time_allows_starts_until_then(self, make_bench) -> None:
+        bench = make_bench(breaker=BreakerSettings(failure_threshold=1))
+        bench.now = 100.0
+        bench.submit()
+        bench.exit(*bench.spawned())
+        assert bench.core.breaker.state is BreakerState.OPEN
+        bench.do(bench.core.hold_closed, 5.0)
+        (worker,) = bench.spawned()
+        bench.exit(worker)
+        assert bench.core.breaker.state is BreakerState.CLOSED
+        bench.advance(4.0)
+        assert bench.spawned()
+        bench.advance(2.0)
+        bench.exit(next(iter(bench.core.workers.values())))
+        assert bench.core.breaker.state is BreakerState.OPEN
+
+    def test_a_probe_that_fails_opens_it_for_longer(self, make_bench) -> None:
+        bench = make_bench(breaker=BreakerSettings(failure_threshold=1, open_seconds=30.0))
+        bench.submit()
+        bench.exit(*bench.spawned())
+        bench.advance(30.0)
+        (probe,) = bench.spawned()
+        assert probe.is_probe
+        bench.exit(probe)
+        assert bench.core.breaker.state is BreakerState.OPEN
+        bench.advance(59.9)
+        assert not bench.spawned()
+        bench.advance(0.1)
+        assert len(bench.spawned()) == 1
+
+    def test_one_that_waits_for_memory_and_is_withdrawn_waits_no_longer(self, make_bench) -> None:
+        bench = make_bench(memory_limit_mb=None)
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=600 * MB)
+        task = bench.submit(expected_bytes=600 * MB)
+        assert bench.core.is_memory_awaited is True
+        assert bench.do(bench.core.cancel, task)
+        assert bench.core.is_memory_awaited is False
+
+    def test_a_growth_limit_wants_its_first_reading_although_the_last_one_is_there(self, make_bench) -> None:
+        bench = make_bench(memory_limit_mb=None)
+        task, worker = bench.started(growth_limit_bytes=50 * MB)
+        bench.finish(task, rss_bytes=30 * MB)
+        assert worker.state is WorkerState.CHECKING
+        bench.sample(worker, 30)
+        assert worker.state is WorkerState.IDLE
+        assert worker.warm_bytes == 30 * MB
+        bench.finish(bench.submit(growth_limit_bytes=60 * MB), rss_bytes=31 * MB)
+        assert worker.state is WorkerState.IDLE, "it is known from where the growth counts"
+
+    def test_as_many_workers_as_may_run_however_the_tasks_wait(self, make_bench) -> None:
+        bench = make_bench(max_workers=8, max_concurrent=2)
+        task, worker = bench.started(policy=compile_policy(3))
+        bench.exit(worker)
+        for _ in range(5):
+            bench.submit()
+        assert task.state is TaskState.WAITING_RETRY
+        for other in bench.spawned():
+            bench.exit(other)
+        bench.advance(60)
+        assert task.is_isolated
+        assert task.state is TaskState.QUEUED
+        assert bench.core.live == 2
+
+    def test_a_past_attempt_is_kept_and_the_next_begins_anew(self, make_bench) -> None:
+        bench = make_bench()
+        policy = RetryPolicy(wait=tenacity.wait_fixed(2), retry=tenacity.retry_if_exception_type(OSError))
+        task, _ = bench.started(policy=policy)
+        bench.advance(3.0)
+        error = OSError()
+        task.peak_rss_bytes = 70 * MB
+        bench.fail(task, error)
+        (past,) = task.past
+        assert (past.ended_at, past.error, past.peak_rss_bytes) == (3.0, error, 70 * MB)
+        assert task.peak_rss_bytes == 0
+        assert task.highest_rss_bytes == 70 * MB
+
+    def test_a_stopped_task_that_is_tried_again_ended_then(self, make_bench) -> None:
+        bench = make_bench()
+        policy = RetryPolicy(wait=tenacity.wait_fixed(2), retry=tenacity.retry_if_exception_type(TaskTimeoutError))
+        task, worker = bench.started(policy=policy, timeout=1.0)
+        bench.advance(1.0)
+        bench.do(bench.core.stop_acknowledged, worker, task)
+        bench.now = 1.5
+        bench.fail(task, KeyboardInterrupt())
+        assert task.state is TaskState.WAITING_RETRY
+        assert task.past[0].ended_at == 1.5
+
+    def test_a_stopped_task_of_a_lost_session_is_not_tried_again(self, make_bench) -> None:
+        bench = make_bench()
+        policy = RetryPolicy(wait=tenacity.wait_fixed(2), retry=tenacity.retry_if_exception_type(TaskTimeoutError))
+        task, worker = bench.started(policy=policy, timeout=1.0, session=SessionRecord(1, None, None))
+        bench.advance(1.0)
+        bench.exit(worker)
+        assert task.state is TaskState.RESOLVED
+        assert isinstance(bench.outcomes[task.id][1], TaskTimeoutError)
+
+    def test_another_error_than_that_of_memory_changes_no_limit(self, make_bench) -> None:
+        class Asks(RetryPolicy):
+            def after_memory_limit(self, limit_bytes: int | None) -> tuple[int | None, bool]:
+                raise AssertionError("no memory limit was passed")
+
+        bench = make_bench()
+        task, _ = bench.started(policy=Asks(retry=tenacity.retry_if_exception_type(OSError)), hard_limit_bytes=9 * MB)
+        bench.fail(task, OSError())
+        assert task.state is TaskState.WAITING_RETRY
+        assert (task.hard_limit_bytes, task.is_alone) == (9 * MB, False)
