@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import tenacity
 
-from agentpool.config import HostBudget
+from agentpool.config import MB, HostBudget
 from agentpool.core import invariants
 from agentpool.core.budget import Share
 from agentpool.core.invariants import RULES, check
-from agentpool.core.records import SessionRecord, StopCause, TaskSpec
+from agentpool.core.records import SessionRecord, StopCause, TaskRecord, TaskSpec
 from agentpool.core.retry import RetryPolicy
 from agentpool.core.transitions import BreakerState, TaskState, WorkerState
 from agentpool.errors import InternalError, SessionLostError
+
+#: what the bench's workers use when they are fresh
+FRESH_BYTES = 20 * MB
 
 
 def scene(make_bench) -> Any:
@@ -243,3 +246,184 @@ def test_placing_is_judged_only_once_actions_were_taken(make_bench) -> None:
     bench.core.concurrency = 3
     bench.core._is_dirty = True
     assert list(invariants.no_worker_is_idle_while_a_task_could_run(bench.core)) == []
+
+
+# -- to the letter, and where a limit begins -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (_set(core__live=2), "live is 2, 3 was counted"),
+    (_set(core__leaving=1), "leaving is 1, 0 was counted"),
+    (_set(core__starting=1), "starting is 1, 0 was counted"),
+    (_set(core__active=0), "active is 0, 1 was counted"),
+    (_set(core__pool_bytes=1), f"pool_bytes is 1, {3 * FRESH_BYTES} was counted"),
+])
+def test_a_wrong_number_is_named(make_bench, change: Callable[[Any], None], said: str) -> None:
+    bench = scene(make_bench)
+    change(bench)
+    assert list(invariants.numbers_agree_with_workers(bench.core)) == [said]
+
+
+def test_each_rule_about_slots_is_one_of_its_own(make_bench) -> None:
+    bench = scene(make_bench)
+    rule = invariants.a_pool_runs_no_more_than_it_has_slots
+    for held, unused, said in [
+        ({0: 1.0}, set(), []),  # as many as run
+        ({0: 1.0, 1: 1.0}, {0, 1}, []),
+        ({0: 1.0, 2: 1.0}, set(), ["slots [0, 2], unused [], of 2"]),
+        ({-1: 1.0, 0: 1.0}, set(), ["slots [-1, 0], unused [], of 2"]),
+        ({0: 1.0}, {1}, ["slots [0], unused [1], of 2"]),
+        ({}, set(), ["1 tasks run in 0 slots", "concurrency is 1 with 0 slots"]),
+    ]:
+        _share(held=held, unused=unused)(bench)
+        assert list(rule(bench.core)) == said, (held, unused)
+
+
+def test_a_task_that_was_killed_still_runs_alone(make_bench) -> None:
+    bench = scene(make_bench)
+    bench.core.alone = bench.running
+    rule = invariants.what_runs_alone_is_alone
+    for is_alone, state, is_well in [
+        (True, TaskState.RUNNING, True), (True, TaskState.STOPPING, True), (False, TaskState.RUNNING, False),
+        (False, TaskState.STOPPING, False), (True, TaskState.QUEUED, False),
+    ]:
+        bench.running.is_alone, bench.running.state = is_alone, state
+        assert (list(rule(bench.core)) == []) is is_well, (is_alone, state)
+
+
+def test_a_group_may_be_passed_by_one_that_runs_alone_and_has_no_limit_by_itself(make_bench) -> None:
+    bench = scene(make_bench)
+    rule = invariants.groups_keep_their_limits
+    bench.running.spec = bench.busy.ration = TaskSpec(group="g", group_limit=0)
+    bench.core.groups["g"] = 1
+    assert list(rule(bench.core)) == ["1 tasks of 'g' run, 0 may"]
+    bench.core.alone = bench.running
+    assert list(rule(bench.core)) == []
+    bench.core.alone = bench.queued
+    assert list(rule(bench.core)) == ["1 tasks of 'g' run, 0 may"], "another one runs alone"
+    bench.core.alone = None
+    bench.busy.ration = TaskSpec(group="g", expected_bytes=1)
+    assert list(rule(bench.core)) == []
+
+
+def test_no_byte_is_promised_where_none_is_wanted(make_bench) -> None:
+    bench = scene(make_bench)
+    rule = invariants.what_is_promised_is_accounted
+    for worker, spec in ((bench.idle, None), (bench.busy, TaskSpec(group="g", group_limit=1, timeout=5.0))):
+        if spec is not None:
+            bench.running.spec = worker.ration = spec
+        assert list(rule(bench.core)) == []
+        worker.reserved_bytes = bench.core.reserved_bytes = 1
+        assert len(list(rule(bench.core))) == 1
+        worker.reserved_bytes = bench.core.reserved_bytes = 0
+
+
+def test_what_a_session_counts_wrongly_is_told(make_bench) -> None:
+    bench = scene(make_bench)
+    session = SessionRecord(1, None, None)
+    session.unresolved, session.worker, bench.core.sessions[1] = 2, bench.idle, session
+    assert list(invariants.sessions_count_their_tasks(bench.core)) == [f"{session!r}: 0 were counted"]
+    bench.waiting.spec = TaskSpec(session=session)
+    assert list(invariants.sessions_count_their_tasks(bench.core)) == [f"{session!r}: 1 were counted"]
+
+
+def test_a_worker_of_no_session_is_not_kept_and_one_of_a_session_not_idle(make_bench) -> None:
+    bench = scene(make_bench)
+    rule = invariants.places_agree_with_states
+    bench.idle.session = SessionRecord(1, None, None)
+    assert len(list(rule(bench.core))) == 1
+    bench.core.kept[bench.idle.id] = bench.core.idle.pop(bench.idle.id)
+    assert list(rule(bench.core)) == []
+    bench.idle.session = None
+    assert len(list(rule(bench.core))) == 1
+
+
+def test_what_waits_in_a_worker_counts_towards_its_limit(make_bench) -> None:
+    bench = scene(make_bench)
+    bench.busy.task_limit, bench.busy.tasks_done = 2, 0
+    bench.busy.backlog.append(bench.queued)
+    rule = invariants.a_worker_runs_no_more_than_its_limit
+    assert list(rule(bench.core)) == []
+    bench.busy.backlog.append(bench.queued)
+    assert list(rule(bench.core)) == [f"{bench.busy!r} has 3 tasks, its limit is 2"]
+
+
+def test_of_two_probes_one_is_too_many(make_bench) -> None:
+    bench = scene(make_bench)
+    bench.core.breaker.is_probing = True
+    for worker in (bench.busy, bench.idle):
+        worker.is_probe, worker.state = True, WorkerState.STARTING
+    assert len(list(invariants.one_probe_at_a_time(bench.core))) == 1
+    bench.idle.is_probe = False
+    assert list(invariants.one_probe_at_a_time(bench.core)) == []
+
+
+def test_a_pool_that_ends_says_what_goes_on(make_bench) -> None:
+    bench = scene(make_bench)
+    rule = invariants.a_doomed_pool_ends
+    bench.core.broken = OSError()
+    assert list(rule(bench.core)) == ["broken, and not doomed"]
+    bench.core.doom = OSError()
+    for worker in (bench.busy, bench.idle, bench.checking):
+        worker.state = WorkerState.KILLED
+    waits = ["tasks wait for a pool that is broken or was stopped"]
+    assert list(rule(bench.core)) == waits
+    waiting = dict(bench.core.waiting)
+    bench.core.waiting.clear()
+    assert list(rule(bench.core)) == waits
+    bench.core.queue.clear()
+    assert list(rule(bench.core)) == []
+    bench.core.waiting.update(waiting)
+    assert list(rule(bench.core)) == waits
+
+
+@pytest.mark.parametrize("left", ["task", "worker", "deadline", "not closing"])
+def test_a_closed_pool_has_nothing_at_all(make_bench, left: str) -> None:
+    bench = make_bench()
+    worker = bench.idle_worker()
+    bench.do(bench.core.shutdown, cancel_futures=False)
+    bench.exit(worker, 0)
+    core, rule = bench.core, invariants.a_closed_pool_is_empty
+    assert core.is_closed
+    assert list(rule(core)) == []
+    if left == "task":
+        core.unresolved = 1
+    elif left == "worker":
+        core.workers[worker.id] = worker
+    elif left == "deadline":
+        core.next_deadline = lambda: 1.0
+    else:
+        core.is_closing = False
+    assert list(rule(core)) == [f"closed with {core.unresolved} tasks, {len(core.workers)} workers"]
+
+
+def test_while_paused_nothing_may_run(make_bench) -> None:
+    bench = scene(make_bench)
+    rule = invariants.the_throttle_holds
+    bench.core.is_paused = True
+    assert list(rule(bench.core)) == ["1 tasks run, 0 of them from before; max_concurrent is 0"]
+    bench.core.concurrency, bench.core.overhang = 0, 1
+    assert list(rule(bench.core)) == []
+
+
+def test_twice_as_many_workers_as_allowed_are_the_most(make_bench) -> None:
+    bench = scene(make_bench)
+    rule = invariants.the_pool_keeps_its_size
+    for number in range(10, 13):
+        bench.core.workers[number] = bench.idle
+    assert list(rule(bench.core)) == []
+    bench.core.workers[13] = bench.idle
+    assert list(rule(bench.core)) == ["3 live of 7 workers, max_workers is 3"]
+    bench.core.left_over = 1
+    assert list(rule(bench.core)) == []
+
+
+def test_a_task_that_is_being_stopped_hides_no_other(make_bench) -> None:
+    bench = scene(make_bench)
+    other, _ = bench.busy, bench.core.timers.cancel(bench.running.timer)
+    assert len(list(invariants.limits_have_timers(bench.core))) == 1
+    stopping = bench.idle
+    stopping.running = TaskRecord(77, TaskSpec(), None)
+    stopping.running.state = TaskState.STOPPING
+    bench.core.workers = {stopping.id: stopping, other.id: other}
+    assert len(list(invariants.limits_have_timers(bench.core))) == 1
