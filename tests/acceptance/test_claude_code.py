@@ -29,6 +29,15 @@ SETTINGS = '{\n  "includeCoAuthoredBy": false,\n  "hooks": {"PreToolUse": [{"mat
 SERVERS = '{"mcpServers": {}}'
 FLAWED = "import subprocess\nsubprocess.call('ls ' + input(), shell=True)\n"
 
+ENDLESS = """
+import os, time
+
+class Endless:
+    def run(self, prompt, path=None):
+        with open(prompt, "w") as file:
+            file.write(f"{os.getpid()}\\n")
+        time.sleep(600)
+"""
 STOPPED = """
 import os, sys, time
 from agentpool import AgentPool
@@ -87,11 +96,13 @@ class ClaudeCode:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def command(self, prompt: str) -> list[str]:
+        return [self.program, "-p", prompt, "--output-format", "stream-json", "--verbose",
+                "--permission-mode", "bypassPermissions"]
+
     def say(self, prompt: str) -> list[Result]:
         """What the tools said that the model called for this prompt, which is a script for the local API."""
-        command = [self.program, "-p", prompt, "--output-format", "stream-json", "--verbose",
-                   "--permission-mode", "bypassPermissions"]
-        done = subprocess.run(command, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+        done = subprocess.run(self.command(prompt), cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
         messages = [json.loads(line) for line in done.stdout.splitlines()]
@@ -239,6 +250,29 @@ def test_claude_calls_the_mcp_servers_tools(code: ClaudeCode, pool: AgentPool) -
     assert "flawed.py" in found["report"]
     code.call("breaker", action="open", pool="guard", reason="said claude")
     assert pool.breaker.get_state() == "forced_open"
+
+
+def test_an_agent_ends_with_the_claude_that_waits_for_it(
+    code: ClaudeCode, wait_until: WaitUntil, is_alive: Callable[[int], bool]
+) -> None:
+    code.agentpool("install-claude", "--yes")
+    servers = json.loads(code.servers.read_text())
+    servers["mcpServers"]["agentpool"]["args"] += ["--agent", "endless:Endless"]
+    code.servers.write_text(json.dumps(servers))
+    (code.folder / "endless.py").write_text(ENDLESS)
+    mark = code.folder / "mark"
+    asked = json.dumps({"agent": "endless:Endless", "prompt": str(mark)})
+    process = subprocess.Popen(code.command(f"CALL mcp__agentpool__run_agent {asked}"), cwd=code.folder,
+                               env={**code.environment, "PYTHONPATH": str(code.folder)}, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: mark.exists() and mark.read_text().endswith("\n"), "the agent does not run", 60)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not is_alive(int(mark.read_text())), "the agent goes on", 30)
 
 
 def test_for_a_user_it_is_in_each_project(code: ClaudeCode, pool: AgentPool, wait_until: WaitUntil) -> None:
