@@ -436,3 +436,13 @@ def test_whether_a_bell_is_worth_a_look(
         share.want(2, 2, 0)
     assert share.rang() is is_worth_it
     assert share.is_contended is True
+
+
+def test_a_slot_that_was_used_stays_used_and_no_more_are_than_tasks_run() -> None:
+    share = Share(HostBudget(agents=3))
+    share.took(1, [2, 1, 0])
+    share.used(1)
+    share.used(0)
+    assert len(share.unused) == 2
+    share.used(2)
+    assert len(share.unused) == 1

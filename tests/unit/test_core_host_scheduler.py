@@ -12,8 +12,9 @@ from agentpool.core import actions as act
 from agentpool.core.budget import LINGER_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, TURN_SECONDS, Member, View
 from agentpool.core.host_scheduler import HostScheduler
 from agentpool.core.placement import TRUST_AFTER
-from agentpool.core.records import WorkerRecord
-from agentpool.core.retry import Escalate
+from agentpool.core.records import SessionRecord, WorkerRecord
+from agentpool.core.retry import Escalate, compile_policy
+from agentpool.core.transitions import WorkerState
 
 BUDGET_ACTIONS = (act.LookAtBudget, act.PublishShare, act.TakeSlots, act.GiveSlots, act.LeaveBudget)
 LOUD, QUIET = ("look", True), ("look", False)
@@ -551,3 +552,117 @@ def test_a_slot_that_is_given_back_lowers_what_may_run_and_never_below_what_runs
     assert (house.core.concurrency, house.core.overhang) == (1, 1)
     house.bench.do(house.core.resize, None, 4)
     assert (house.core.concurrency, house.core.overhang) == (2, 0)
+
+
+# -- in detail -----------------------------------------------------------------------------------------------------
+
+
+def test_beside_what_it_holds_no_more_is_taken_than_may_run(make_house) -> None:
+    house = make_house(agents=8, max_concurrent=3)
+    house.runs(slot=7)
+    for _ in range(5):
+        house.bench.submit()
+    house.said()
+    assert house.sees() == [("take", (6, 5))]
+
+
+def test_a_pool_that_was_paused_since_it_looked_takes_nothing(make_house) -> None:
+    house = make_house()
+    house.bench.submit()
+    house.said()
+    house.core.pause(house.bench.now)
+    assert house.sees() == [("publish", True), ("leave",)]
+
+
+def test_the_last_worker_of_the_floor_stays_whatever_others_want(make_house) -> None:
+    house = make_house(min_workers=1)
+    task, worker = house.runs()
+    house.bench.finish(task)
+    house.bench.advance(LINGER_SECONDS)
+    house.sees(waiter(wants_memory=True))
+    assert not house.bench.asked(act.Retire)
+    assert worker.state is WorkerState.IDLE
+
+
+def test_a_slot_waits_for_the_worker_that_was_started_before_starts_were_forbidden(make_house) -> None:
+    house = make_house(agents=4, memory_mb=None)
+    house.bench.submit()
+    house.sees()
+    house.gets(3)
+    (worker,) = house.bench.spawned()
+    house.bench.do(house.core.force_open, "a test")
+    house.bench.submit()
+    house.bench.advance(1)
+    assert house.said() == [], "one slot for one worker"
+    assert house.core.share.held
+    house.bench.ready(worker)
+    assert house.core.active == 1
+
+
+def test_a_slot_waits_for_the_worker_that_is_being_measured(make_house) -> None:
+    house = make_house(agents=4, memory_mb=None)
+    task, worker = house.runs(slot=3)
+    house.bench.do(house.core.force_open, "a test")
+    house.bench.submit()
+    house.bench.submit()
+    house.said()
+    house.bench.finish(task, seconds=1.0)
+    assert worker.state is WorkerState.CHECKING
+    house.bench.advance(1)
+    assert house.core.share.held
+    house.bench.sample(worker, 20)
+    assert house.core.active == 1
+
+
+def test_a_session_that_has_a_worker_wants_its_slot_although_no_process_may_start(make_house) -> None:
+    house = make_house(agents=4, memory_mb=None)
+    session = SessionRecord(1, "k", None)
+    task, _ = house.runs(slot=3, session=session)
+    house.bench.finish(task)
+    house.bench.advance(LINGER_SECONDS)
+    house.bench.do(house.core.force_open, "a test")
+    house.said()
+    house.bench.submit(session=session)
+    assert house.said() == [LOUD]
+    assert house.sees() == [("take", (3,))]
+
+
+def test_one_that_killed_its_worker_is_weighed_first(make_house) -> None:
+    house = make_house(agents=4)
+    task, worker = house.runs(slot=3, policy=compile_policy(3), expected_bytes=70 * MB)
+    house.bench.exit(worker)
+    house.bench.advance(30)
+    assert task.is_isolated
+    assert house.core.own_member(0.0).need_bytes == 70 * MB
+
+
+def test_slots_that_are_spare_and_slots_whose_turn_is_over_go_back_together(make_house) -> None:
+    house = make_house()
+    first, second = house.runs(slot=1)[0], house.runs(slot=0)[0]
+    assert house.rings() == []
+    house.bench.submit()
+    house.said()
+    house.bench.now = 5.0
+    for task in (first, second):
+        house.core.task_finished(5.0, task.worker, task, is_value=True, payload=None, seconds=0.0, rss_bytes=0)
+    house.bench.take()
+    assert house.said()[0] == ("give", (1, 0))
+    assert house.core.share.held == {}
+
+
+def test_only_the_tasks_that_would_get_the_slots_are_weighed_again(make_house) -> None:
+    house = make_house(agents=1)
+    task, worker = house.runs(slot=0)
+    plain = house.bench.submit()
+    house.bench.submit(expected_bytes=100 * MB)
+    house.said()
+    house.sees()
+    house.bench.finish(task)
+    assert plain.worker is worker
+    assert house.said() == []
+
+
+def test_who_wants_nothing_needs_nothing(make_house) -> None:
+    house = make_house()
+    house.runs()
+    assert house.core.own_member(0.0).need_bytes == 0

@@ -6,6 +6,7 @@ import pytest
 
 from agentpool.core import actions as act
 from agentpool.core.operations import BY_HAND, SURPLUS
+from agentpool.core.records import SessionRecord
 from agentpool.core.retry import compile_policy
 from agentpool.core.transitions import TaskState, WorkerState
 from agentpool.errors import PoolClosedError, SettingsError, UnknownWorkerError, WorkerKilledError
@@ -305,3 +306,14 @@ class TestKillWorker:
         assert not bench.do(bench.core.kill_worker, worker.id, "by hand"), "it is gone"
         assert bench.core.counters.start_failures == 0, "the breaker has nothing to count"
         assert bench.core.counters.workers_killed == 1
+
+
+def test_of_workers_that_are_measured_those_of_sessions_stay(make_bench) -> None:
+    bench = make_bench(max_workers=2, max_concurrent=2)
+    first, kept = bench.started(session=SessionRecord(1, None, None))
+    second, other = bench.started()
+    for task in (first, second):
+        bench.finish(task, seconds=1.0)
+    assert [worker.state for worker in (kept, other)] == [WorkerState.CHECKING] * 2
+    bench.do(bench.core.resize, 1, None)
+    assert [retired.worker for retired in bench.asked(act.Retire)] == [other]

@@ -17,6 +17,7 @@ from agentpool.core.plan import (
     PlanState,
     StartAgent,
     StopAgent,
+    check_nodes,
 )
 from agentpool.errors import InternalError, PlanError
 
@@ -362,3 +363,7 @@ class TestMemory:
 
 def test_which_states_are_final() -> None:
     assert {state for state in NodeState if state.is_final} == {S.SUCCEEDED, S.FAILED, S.SKIPPED, S.STOPPED}
+
+
+def test_an_agent_that_takes_the_whole_budget_fits() -> None:
+    check_nodes([PlanNode(name="a", expected_bytes=(100 * MB,))], 100 * MB)

@@ -424,3 +424,15 @@ def test_a_group_that_a_finished_task_leaves_lets_the_next_begin_at_once(make_be
     assert states([first, second]) == ["RUNNING", "QUEUED"]
     bench.finish(first, seconds=1.0)
     assert second.state is TaskState.RUNNING, "in the other worker, as the first is measured"
+
+
+class TestBeforeThereIsAWorker:
+    @pytest.mark.parametrize(("available_mb", "expected_bytes", "is_awaited"), [
+        (1_500, 1_000 * MB, False), (1_500, 1_000 * MB + 1, True),
+        (400, 0, False),  # it says that it needs nothing
+    ])
+    def test_to_the_byte(self, make_bench, available_mb: int, expected_bytes: int, is_awaited: bool) -> None:
+        bench = make_bench(memory_limit_mb=None)
+        bench.host = HostState(total_bytes=10_000 * MB, available_bytes=available_mb * MB)
+        bench.submit(expected_bytes=expected_bytes)
+        assert bench.core.is_memory_awaited is is_awaited

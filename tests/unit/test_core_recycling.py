@@ -124,3 +124,12 @@ class TestInterval:
         same_moment = recycling.next_sample_interval(worker, 4000 * MB, 60.0)
         recycling.record_reading(worker, 1.0, TreeState(100 * MB))
         assert same_moment == recycling.next_sample_interval(worker, 4000 * MB, 60.0) == recycling.SAMPLE_BUSY
+
+
+@pytest.mark.parametrize(("rss_mb", "baseline_mb", "warm_mb"), [(150, 100, 150), (50, 100, 100)])
+def test_growth_counts_from_no_less_than_the_fresh_worker_had(rss_mb: int, baseline_mb: int, warm_mb: int) -> None:
+    worker = WorkerRecord(1, 0.0)
+    worker.growth_limit_bytes, worker.rss_bytes, worker.baseline_bytes = 10 * MB, rss_mb * MB, baseline_mb * MB
+    recycling.note_warm(PoolSettings(), worker)
+    assert worker.warm_bytes == warm_mb * MB
+    assert worker.limit_bytes == (warm_mb + 10) * MB

@@ -488,3 +488,33 @@ class TestWhatIsTold:
         bench.do(bench.core.close_session, session)
         with pytest.raises(PoolClosedError):
             bench.submit(session=session)
+
+
+class TestWhatHoldsUp:
+    def test_what_has_its_turn_holds_up_the_others_wherever_it_waits(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        again = RetryPolicy(wait=tenacity.wait_fixed(100), retry=tenacity.retry_if_exception_type(OSError))
+        first = bench.submit(session=session, policy=again)
+        bench.submit(session=session)
+        bench.fail(first, OSError())
+        assert (worker.state, bench.core.startable(9)) == (WorkerState.IDLE, 0)
+
+    def test_while_its_worker_is_measured_none_could_start(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        first = bench.submit(session=session)
+        bench.submit(session=session)
+        bench.finish(first, seconds=1.0)
+        assert (worker.state, bench.core.startable(9)) == (WorkerState.CHECKING, 0)
+        bench.sample(worker, 20)
+        assert bench.core.active == 1
+
+    def test_no_worker_is_started_for_one_whose_own_is_measured(self, make_bench) -> None:
+        """As its memory had to be collected: by then others could be started in its place."""
+        bench, session, worker = pinned(make_bench, max_workers=4, max_concurrent=4)
+        first = bench.submit(session=session, soft_limit_bytes=100 * MB)
+        bench.submit(session=session, soft_limit_bytes=100 * MB)
+        bench.finish(first, seconds=1.0)
+        bench.sample(worker, 150)
+        assert worker.check_stage == 1
+        assert not bench.spawned()
+        assert session.current is None

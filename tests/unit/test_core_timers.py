@@ -83,3 +83,12 @@ def test_cancelled_timers_do_not_pile_up() -> None:
         timers.cancel(timers.add_named(1e5 + number, "gone"))
     assert len(timers._heap) < 200
     assert timers.next_deadline() == kept.when
+
+
+def test_what_was_cancelled_is_not_counted_when_it_was_swept_out() -> None:
+    queue = TimerQueue()
+    timers = [queue.add(float(number), print) for number in range(400)]
+    for timer in timers[:300]:
+        queue.cancel(timer)
+    assert len(queue) == 100
+    assert queue.next_deadline() == 300.0

@@ -14,6 +14,7 @@ from agentpool.core.transitions import BreakerState, TaskState, WorkerState
 from agentpool.core.upkeep import CHECK_GRACE
 from agentpool.errors import MemoryLimitError, TaskKilledError, TaskTimeoutError
 
+PLENTY = HostState(total_bytes=10_000 * MB, available_bytes=8_000 * MB)
 SHORT = HostState(total_bytes=10_000 * MB, available_bytes=100 * MB)
 
 
@@ -492,3 +493,28 @@ class TestMachine:
         bench.exit(worker)
         assert isinstance(bench.outcomes[task.id][1], TaskKilledError)
         assert bench.core.counters.memory_killed == 0
+
+
+def test_a_reading_in_between_does_not_make_the_next_ones_more_frequent(make_bench) -> None:
+    counts = []
+    for extra in (0, 3):
+        bench = make_bench()
+        bench.started()
+        bench.advance(10.0)
+        for _ in range(extra):
+            bench.now += 0.1
+            bench.do(bench.core.host_sampled, PLENTY)
+        before = bench.host_asked
+        bench.advance(60.0)
+        counts.append(bench.host_asked - before)
+    assert counts[0] == counts[1] == 30
+
+
+def test_the_first_task_after_a_quiet_time_has_the_host_watched_again(make_bench) -> None:
+    bench = make_bench(idle_timeout=None)
+    bench.idle_worker()
+    bench.advance(300.0)
+    before = bench.host_asked
+    bench.submit()
+    bench.advance(10.0)
+    assert bench.host_asked - before >= 4
