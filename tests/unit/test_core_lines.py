@@ -74,3 +74,9 @@ def test_clearing_takes_all() -> None:
         queue.push(task)
     assert queue.clear() == tasks
     assert (len(queue), queue.line_length, queue.heads()) == (0, 0, [])
+
+
+def test_one_that_comes_back_into_its_line_counts_once() -> None:
+    queue = LinedQueue()
+    queue.push_front(TaskRecord(1, TaskSpec(group="g", group_limit=1), None))
+    assert (len(queue), queue.line_length, queue.plain_length) == (1, 1, 0)

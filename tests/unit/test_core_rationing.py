@@ -436,3 +436,21 @@ class TestBeforeThereIsAWorker:
         bench.host = HostState(total_bytes=10_000 * MB, available_bytes=available_mb * MB)
         bench.submit(expected_bytes=expected_bytes)
         assert bench.core.is_memory_awaited is is_awaited
+
+    def test_a_line_that_ran_empty_wants_nobody(self, make_bench) -> None:
+        bench = make_bench()
+        bench.do(bench.core.pause)
+        gone = bench.submit(group="a", group_limit=1)
+        bench.submit(group="b", group_limit=1)
+        assert bench.do(bench.core.cancel, gone)
+        assert bench.core._line_demand(9) == 1
+
+    def test_one_that_killed_its_worker_is_weighed_with_the_fresh_one(self, make_bench) -> None:
+        bench = crew(make_bench, 1)
+        task = bench.submit(expected_bytes=1_020 * MB, policy=compile_policy(3))
+        bench.exit(task.worker)
+        bench.advance(30.0)
+        (worker,) = bench.spawned()
+        bench.ready(worker)
+        assert task.worker is worker, "1,000 MB can be promised, and 20 are its own"
+        assert task.is_isolated

@@ -671,9 +671,10 @@ class TestInDetail:
         bench.exit(worker)
         assert bench.core.breaker.state is BreakerState.CLOSED
         bench.advance(4.0)
-        assert bench.spawned()
+        bench.exit(*bench.spawned())
+        assert bench.core.breaker.state is BreakerState.CLOSED, "for 5 seconds whatever fails"
         bench.advance(2.0)
-        bench.exit(next(iter(bench.core.workers.values())))
+        bench.exit(*bench.spawned())
         assert bench.core.breaker.state is BreakerState.OPEN
 
     def test_a_probe_that_fails_opens_it_for_longer(self, make_bench) -> None:
