@@ -359,8 +359,11 @@ class Attempts(Upkeep):
         self._left_queue(task)
 
     def _circuit_open(self, now: float, task: TaskRecord) -> BaseException:
-        is_forced = self.breaker.state is BreakerState.FORCED_OPEN
-        return failures.circuit_open(task, now - task.queued_at, self.breaker.reason, is_forced=is_forced)
+        breaker = self.breaker
+        return failures.circuit_open(
+            task, now - task.queued_at, breaker.reason, is_forced=breaker.state is BreakerState.FORCED_OPEN,
+            seconds_left=None if breaker.by_hand_until is None else breaker.by_hand_until - now,
+        )
 
     def _left_queue(self, task: TaskRecord) -> None:
         """The task has just left state QUEUED other than by being sent to a worker."""
@@ -371,7 +374,7 @@ class Attempts(Upkeep):
         self._is_dirty = True
 
     def _consider_failing(self, now: float) -> None:
-        """While shutting down nobody waits for a breaker that only a hand can close, or for starts that fail.
+        """While shutting down nobody waits for a breaker that was opened by hand, or for starts that fail.
 
         For memory it does wait: that comes back when others end.
         """
@@ -383,11 +386,11 @@ class Attempts(Upkeep):
             return
         if not self.live:
             for task in self.queue.clear():
-                self._resolve(task, False, self._circuit_open(now, task))
+                self._resolve(task, False, failures.shut_down_while_open(task, breaker.reason))
         if fresh_worker(worker for worker in self.workers.values() if worker.state in LIVE_STATES) is None:
             # Used workers serve the queue, but not those who want a fresh one for themselves.
             for task in self.isolated:
-                self._resolve(task, False, self._circuit_open(now, task))
+                self._resolve(task, False, failures.shut_down_while_open(task, breaker.reason))
             self.isolated.clear()
 
 

@@ -27,6 +27,7 @@ from agentpool.errors import (
 __all__ = [
     "circuit_open",
     "crashed",
+    "end_words",
     "exit_words",
     "fresh",
     "memory_awaited",
@@ -36,6 +37,7 @@ __all__ = [
     "queue_timeout",
     "session_crashed",
     "session_retired",
+    "shut_down_while_open",
     "start_words",
     "task_timeout",
 ]
@@ -202,16 +204,31 @@ def never_fits(task: TaskRecord, givable_bytes: int | None) -> MemoryReservation
     )
 
 
-def circuit_open(task: TaskRecord, waited_seconds: float, reason: str, *, is_forced: bool) -> CircuitOpenError:
-    """The task waited in vain for a pool that has no worker, and a breaker that lets none start."""
-    cure = (
-        "It was opened by hand, and closes by hand: pool.breaker.reset()"
-        if is_forced
-        else "It recovers by itself when the cause is gone; pool.breaker.reset() closes it at once"
-    )
+def circuit_open(
+    task: TaskRecord, waited_seconds: float, reason: str, *, is_forced: bool, seconds_left: float | None = None
+) -> CircuitOpenError:
+    """The task waited in vain for a pool that has no worker, and a breaker that lets none start.
+
+    is_forced: that was ordered, for so many seconds from now on; None: until it is taken back.
+    """
+    if not is_forced:
+        cure = "It recovers by itself when the cause is gone; pool.breaker.reset() closes it at once"
+    elif seconds_left is None:
+        cure = "It was opened by hand, and closes by hand: pool.breaker.reset()"
+    else:
+        cure = f"It was opened by hand for another {seconds_left:.3g} s; pool.breaker.reset() closes it at once"
     return CircuitOpenError(
         f"{_task_words(task)} waited {waited_seconds:.3g} s, the pool has no worker, and its circuit breaker starts "
         f"none: {reason}. {cure}"
+    )
+
+
+def shut_down_while_open(task: TaskRecord, reason: str) -> CircuitOpenError:
+    """The pool shuts down, and waits for no breaker that somebody opened, or that starts which fail opened."""
+    return CircuitOpenError(
+        f"{_task_words(task)} was not run: its pool shuts down, has no worker for it, and its circuit breaker starts "
+        f"none: {reason}. Where all that was accepted is to run, shut it down when the breaker is closed again: "
+        "pool.breaker.reset() closes it at once"
     )
 
 

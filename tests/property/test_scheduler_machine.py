@@ -135,10 +135,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         elif how:
             self.world.shutdown(cancel_futures=how == "cancel")
 
-    @rule(how=st.sampled_from(["force", "reset", "", ""]))
-    def handle_breaker(self, how: str) -> None:
+    @rule(how=st.sampled_from(["force", "reset", "", ""]), seconds=st.sampled_from([None, 0.01, 3.0]))
+    def handle_breaker(self, how: str, seconds: float | None) -> None:
         if how == "force":
-            self.world.force_open()
+            self.world.operate(self.world.core.force_open, "by hand", seconds)
+        elif how and seconds is not None:
+            self.world.operate(self.world.core.hold_closed, seconds)
         elif how:
             self.world.reset_breaker()
 

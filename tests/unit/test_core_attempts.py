@@ -591,8 +591,17 @@ class TestTimeInTheQueue:
         bench.exit(worker)
         bench.advance(0.0)
         for task in (crashed, *waiting):
-            assert isinstance(bench.outcomes[task.id][1], CircuitOpenError)
+            error = bench.outcomes[task.id][1]
+            assert isinstance(error, CircuitOpenError)
+            assert "was not run: its pool shuts down" in str(error)
         assert bench.core.is_closed
+
+    def test_a_breaker_that_was_opened_for_a_time_says_for_how_long(self, make_bench) -> None:
+        bench = make_bench()
+        bench.do(bench.core.force_open, "maintenance", 60.0)
+        task = bench.submit(queue_timeout=5.0)
+        bench.advance(5.0)
+        assert "opened by hand for another 55 s" in str(bench.outcomes[task.id][1])
 
     def test_nor_for_starts_that_fail_but_for_memory_it_does(self, make_bench) -> None:
         for is_memory in (False, True):

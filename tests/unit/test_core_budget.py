@@ -28,6 +28,25 @@ def test_alone_it_takes_as_many_as_it_wants_and_the_budget_has() -> None:
     assert share.seen(10, view(), [0] * 5, 0) == [2, 1, 0]
 
 
+def test_who_cannot_be_told_of_an_end_looks_again_by_time() -> None:
+    share = share_in_line(HostBudget(agents=1))
+    taken = View(own_id="me", taken=frozenset({0}), members=(waiter("b", 1, slots=1),))
+    assert share.seen(10, taken, [0], 0) == []
+    assert share.look_at is None, "whoever has the slot rings when it gives it back, or its end is noticed"
+    blind = View(own_id="me", taken=frozenset({0}), members=taken.members, is_blind=True)
+    assert share.seen(11, blind, [0], 0) == []
+    assert share.look_at == 11 + PATIENCE_SECONDS
+
+
+def test_no_turn_has_ended_where_no_slot_is_free_for_a_task() -> None:
+    share = share_in_line(HostBudget(agents=1))
+    share.took(10, [0])
+    share.used(1)
+    share.is_contended = True
+    assert share.ended_turns(99, 0, []) == []
+    assert share.ended_turns(99, 1, [0]) == [0]
+
+
 def test_it_takes_one_at_a_time_while_others_wait() -> None:
     share = share_in_line(HostBudget(agents=4), now=10, slots=4)
     assert share.seen(10, view(waiter("b", 11, agents=4)), [0] * 4, 0) == [3]

@@ -123,6 +123,17 @@ class TestLimits:
         )
         forced = failures.circuit_open(task(), 1.0, "maintenance", is_forced=True)
         assert "maintenance. It was opened by hand, and closes by hand: pool.breaker.reset()" in str(forced)
+        timed = failures.circuit_open(task(), 1.0, "maintenance", is_forced=True, seconds_left=61.54)
+        assert "maintenance. It was opened by hand for another 61.5 s; pool.breaker.reset() closes" in str(timed)
+
+    def test_what_a_shutdown_leaves_undone_for_a_breaker_names_both(self) -> None:
+        error = failures.shut_down_while_open(task(), "maintenance")
+        assert isinstance(error, CircuitOpenError)
+        assert str(error) == (
+            "task 7 was not run: its pool shuts down, has no worker for it, and its circuit breaker starts none: "
+            "maintenance. Where all that was accepted is to run, shut it down when the breaker is closed again: "
+            "pool.breaker.reset() closes it at once"
+        )
 
     def test_the_hard_limit_comes_with_the_readings_that_led_to_it(self) -> None:
         record = worker(rss_mb=700)

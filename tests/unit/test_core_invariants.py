@@ -149,6 +149,17 @@ def _uncounted_in_its_session(bench: Any) -> None:
     bench.waiting.spec = TaskSpec(session=session)
 
 
+def _goes_on_with_what_is_resolved(bench: Any) -> None:
+    _uncounted_in_its_session(bench)
+    session = bench.waiting.spec.session
+    session.unresolved, session.current = 1, TaskRecord(77, TaskSpec(), None)
+    session.current.state = TaskState.RESOLVED
+
+
+def _kept_by_nobody(bench: Any) -> None:
+    bench.core.kept[bench.idle.id] = bench.core.idle.pop(bench.idle.id)
+
+
 def _waits_in_a_lost_session(bench: Any) -> None:
     _uncounted_in_its_session(bench)
     session = bench.waiting.spec.session
@@ -191,10 +202,12 @@ BREAKS: list[tuple[str, Callable[[Any], None]]] = [
     ("sessions_count_their_tasks", lambda bench: bench.core.sessions.update({1: SessionRecord(1, None, None)})),
     ("sessions_count_their_tasks", _uncounted_in_its_session),
     ("sessions_count_their_tasks", _waits_in_a_lost_session),
+    ("sessions_count_their_tasks", _goes_on_with_what_is_resolved),
     ("the_bound_holds", _many_pending),
     ("numbers_agree_with_workers", _set(core__pool_bytes=1)),
     ("places_agree_with_states", lambda bench: bench.core.idle.clear()),
     ("places_agree_with_states", _set(idle__state=WorkerState.GONE)),
+    ("places_agree_with_states", _kept_by_nobody),
     ("idle_workers_are_in_order", _disorder),
     ("running_is_set_exactly_while_busy", _set(busy__running=None)),
     ("running_is_set_exactly_while_busy", _backlog_alone),

@@ -5,14 +5,17 @@ from random import Random
 from typing import Any
 
 import pytest
+import tenacity
 
-from agentpool.config import HostBudget, PoolSettings
+from agentpool.config import MB, HostBudget, PoolSettings
 from agentpool.core.actions import GiveSlots, LookAtBudget, PublishShare, TakeSlots
 from agentpool.core.governance import Governor
 from agentpool.core.host_scheduler import HostScheduler
 from agentpool.core.records import AttemptRecord, SessionRecord, TaskRecord, TaskSpec, WorkerRecord
+from agentpool.core.retry import RetryPolicy
 from agentpool.core.scheduler import Scheduler
 from agentpool.core.transitions import TaskState, WorkerState
+from agentpool.errors import SessionLostError
 
 
 def test_records_say_what_a_defects_report_needs() -> None:
@@ -100,3 +103,22 @@ def test_a_fresh_governor_knows_nothing() -> None:
 def test_an_action_has_what_it_was_made_with() -> None:
     assert (LookAtBudget(True).is_loud, PublishShare(True).is_loud) == (True, True)
     assert (TakeSlots((1,)).slots, GiveSlots((2,)).slots) == ((1,), (2,))
+
+
+def test_the_peak_of_a_task_is_that_of_all_its_attempts(make_bench) -> None:
+    bench = make_bench(max_workers=1, memory_limit_mb=None)
+    again = RetryPolicy(stop=tenacity.stop_after_attempt(3), retry=tenacity.retry_if_exception_type(OSError))
+    task, worker = bench.started(policy=again)
+    bench.sample(worker, 300)
+    bench.fail(task, OSError())
+    bench.advance(60.0)
+    assert (task.attempts, task.peak_rss_bytes) == (2, 0)
+    assert task.highest_rss_bytes == 300 * MB
+    bench.sample(worker, 400)
+    assert task.highest_rss_bytes == 400 * MB
+
+
+def test_a_session_is_over_when_it_was_closed_or_lost() -> None:
+    opened, closed, lost = (SessionRecord(number, None, None) for number in (1, 2, 3))
+    closed.is_closed, lost.error = True, SessionLostError("lost")
+    assert [session.is_over for session in (opened, closed, lost)] == [False, True, True]

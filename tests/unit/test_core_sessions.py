@@ -112,8 +112,12 @@ class TestOrder:
             bench.submit(group="g", group_limit=2)
         assert bench.core.startable(99) == 1 + 1 + 1 + 2
         assert bench.core.startable(0) == 1, "lines are not looked at where enough is known"
-        assert bench.do(bench.core.cancel, plain)
-        assert bench.core.startable(99) == 1 + 1 + 2
+        alone = bench.submit(group="h", group_limit=1)
+        assert bench.core.startable(99) == 1 + 1 + 1 + 2 + 1
+        for task in (plain, alone):
+            assert bench.core.cancel(bench.now, task)
+        assert bench.core.startable(99) == 1 + 1 + 2, "a line that ran empty counts for nothing"
+        bench.take()
         bench.exit(worker, -9)
         assert bench.core.startable(99) == 1 + 2, "what was in the lost session is resolved"
 
@@ -139,6 +143,14 @@ class TestTheEnd:
         with pytest.raises(PoolClosedError, match="after the session was closed"):
             bench.submit(session=session)
         assert session.error is None
+
+    def test_closing_one_whose_worker_is_being_killed_asks_for_nothing_more(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench)
+        assert bench.do(bench.core.kill_worker, worker.id, "it hangs")
+        bench.do(bench.core.close_session, session)
+        assert bench.asked(act.Retire) == []
+        bench.exit(worker, -9)
+        assert bench.core.sessions == {}
 
     def test_what_was_accepted_is_finished_first(self, make_bench) -> None:
         bench, session, worker = pinned(make_bench)
@@ -237,6 +249,18 @@ class TestLost:
         assert bench.asked(act.Retire) == [act.Retire(worker, "session idle")]
         assert session.error.reason == "idle"
         assert "it was not used for longer than its idle_timeout of 10 s" in str(session.error)
+
+    def test_one_that_is_busy_when_its_time_is_over_has_it_again_when_it_is_idle(self, make_bench) -> None:
+        bench, session, worker = pinned(make_bench, idle_timeout=10.0)
+        bench.advance(9.0)
+        task = bench.submit(session=session)
+        bench.advance(30.0)
+        assert bench.asked(act.Retire) == []
+        bench.finish(task)
+        bench.advance(9.9)
+        assert bench.asked(act.Retire) == []
+        bench.advance(0.1)
+        assert bench.asked(act.Retire) == [act.Retire(worker, "session idle")]
 
     def test_tasks_that_wait_for_a_pause_keep_it(self, make_bench) -> None:
         bench, session, _ = pinned(make_bench, idle_timeout=10.0)
