@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from agentpool.cli.budget_view import TITLES, budget_line, budgets, limit_words, limits, member_row
 from agentpool.cli.reach import Folder, Json, folders, print_json
 from agentpool.cli.tables import mb_words, print_table, seconds_words
 from agentpool.control.client import FoundPool, find_pools
@@ -29,13 +30,18 @@ def ps(
     as_json: Json = False,
     place: Folder = None,
 ) -> None:
-    """List this user's pools on this host, agent programs that no pool owns, and processes that dead pools left."""
+    """List this user's pools on this host, the budgets that they share, agent programs that no pool owns, and processes
+    that dead pools left.
+    """
     pools = [_ask(found) for found in find_pools(folders(place))]
     owned = {worker["pid"] for pool in pools for worker in pool.get("stats", {}).get("workers", ())}
     foreign = _foreign(owned - {None}) if agents else None
     orphans = _orphans() if agents else None
+    shared = budgets((pool["stats"] for pool in pools if "stats" in pool), is_everywhere=place is None)
+    told = limits()
     if as_json:
-        print_json({"pools": pools, "foreign_agents": foreign, "orphans": orphans})
+        print_json({"pools": pools, "foreign_agents": foreign, "orphans": orphans, "budgets": shared,
+                    "budget_limits": told})
         return
     if pools:
         print_table(
@@ -44,6 +50,11 @@ def ps(
         )
     else:
         print("No pool of this user is running.")
+    for view in shared:
+        print(f"\n{budget_line(view)}")
+        print_table(TITLES, map(member_row, view["members"]), right="PID RUNNING MEMORY")
+    if shared:
+        print(limit_words(told))
     if foreign and foreign["count"]:
         print(f"\n{foreign['count']} agent programs of no pool use {mb_words(foreign['memory_mb'])}:")
         _print_foreign(foreign["processes"])

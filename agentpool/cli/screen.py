@@ -22,6 +22,7 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Button, DataTable, Footer, Label, Sparkline, Static
 
+from agentpool.cli.budget_view import budget_line, budget_of, share_words
 from agentpool.cli.tables import mb_words, seconds_words, state_style
 from agentpool.config import MB
 from agentpool.control.client import ControlClient
@@ -205,16 +206,17 @@ class PoolScreen(App[None]):
             worker["memory_mb"], worker["cpu_percent"] = self._meters[number].read(worker["memory_mb"])
             worker["trend"] = trend(self._meters[number].history)
         snapshot["stats"]["memory_mb"] = sum(worker["memory_mb"] for worker in workers)
+        snapshot["budget"] = budget_of(snapshot["stats"])
 
     # -- showing -------------------------------------------------------------------------------------------------
 
     def show(self, pool: dict[str, Any], snapshot: dict[str, Any]) -> None:
         """A new snapshot has come."""
-        stats, breaker = snapshot["stats"], snapshot["breaker"]
+        stats = snapshot["stats"]
         self._stats = stats
         self._total_mb.append(stats["memory_mb"])
         self.query_one("#memory", Sparkline).data = list(self._total_mb)
-        self.query_one("#summary", Static).update(_summary(pool, stats, breaker))
+        self.query_one("#summary", Static).update(_summary(pool, snapshot))
         table = self._table()
         rows = {str(worker["id"]): _row(worker) for worker in stats["workers"]}
         for key in [key.value for key in table.rows if key.value not in rows]:
@@ -316,7 +318,8 @@ class PoolScreen(App[None]):
                   "The pool was stopped.", reason="stopped from agentpool top")
 
 
-def _summary(pool: dict[str, Any], stats: dict[str, Any], breaker: dict[str, Any]) -> Text:
+def _summary(pool: dict[str, Any], snapshot: dict[str, Any]) -> Text:
+    stats, breaker, budget = snapshot["stats"], snapshot["breaker"], snapshot["budget"]
     counters = stats["counters"]
     left = "" if breaker["seconds_left"] is None else f" for {seconds_words(breaker['seconds_left'])}"
     text = Text.assemble(
@@ -327,6 +330,8 @@ def _summary(pool: dict[str, Any], stats: dict[str, Any], breaker: dict[str, Any
         f"{stats['max_concurrent']}  queued {stats['queue_length']}  retrying {stats['waiting_to_retry']}  done "
         f"{counters['completed']}  failed {counters['failed']}  memory {mb_words(stats['memory_mb'])}",
     )
+    if budget is not None:
+        text.append(f"\n{share_words(stats['host_budget'])}\n{budget_line(budget)}")
     for reason in stats["reasons"]:
         text.append(f"\n! {printable(reason)}", "yellow")
     return text

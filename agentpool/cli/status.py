@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from agentpool.cli.budget_view import TITLES, budget_line, budget_of, member_row, share_words
 from agentpool.cli.reach import EXIT_CODES, Folder, Json, Pool, print_json, reach
 from agentpool.cli.tables import make_table, mb_words, print_renderable, seconds_words
 from agentpool.control.client import ControlClient
@@ -36,10 +37,17 @@ def status(
     with reach(pool, place) as client:
         if watch:
             _watch(client, interval, as_json)
-        elif as_json:
-            print_json(client.call("status"))
-        else:
-            print_renderable(_shown(client.call("status")))
+            return
+        status = _with_budget(client.call("status"))
+    if as_json:
+        print_json(status)
+    else:
+        print_renderable(_shown(status))
+
+
+def _with_budget(status: dict[str, Any]) -> dict[str, Any]:
+    """With the budget that the pool shares with others, as those say now."""
+    return {**status, "budget": budget_of(status["stats"])}
 
 
 def _watch(client: ControlClient, interval: float, as_json: bool) -> None:
@@ -47,13 +55,13 @@ def _watch(client: ControlClient, interval: float, as_json: bool) -> None:
     who = client.hello["pool"]
     if as_json:
         for snapshot in snapshots:
-            print(json.dumps(snapshot), flush=True)
+            print(json.dumps(_with_budget(snapshot)), flush=True)
     elif sys.stdout.isatty():
         from rich.live import Live
 
         with Live(auto_refresh=False) as live:
             for snapshot in snapshots:
-                live.update(_shown({"pool": who, **snapshot}), refresh=True)
+                live.update(_shown({"pool": who, **_with_budget(snapshot)}), refresh=True)
     else:
         for snapshot in snapshots:
             print(_line(snapshot["stats"]), flush=True)
@@ -82,10 +90,15 @@ def _shown(status: dict[str, Any]) -> Any:
     if breaker["seconds_left"] is not None:
         how = "held closed" if breaker["is_held_closed"] else "forced open"
         lines.append(f"! the breaker is {how} for another {seconds_words(breaker['seconds_left'])}")
+    if budget := stats["host_budget"]:
+        lines.append(share_words(budget))
     parts: list[Any] = [Text("\n".join(lines))]
     if stats["workers"]:
         parts += [Text(), make_table(_WORKER_TITLES, [_row(worker) for worker in stats["workers"]],
                                      right="WORKER PID MEMORY PROCS DONE FOR", states="STATE")]
+    if view := status["budget"]:
+        parts += [Text(f"\n{budget_line(view)}"),
+                  make_table(TITLES, map(member_row, view["members"]), right="PID RUNNING MEMORY")]
     return Group(*parts)
 
 

@@ -62,11 +62,12 @@ def make_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, right
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     last = titles[-1] if titles else ""
     for title in titles:
-        table.add_column(title, justify="right" if title in right.split() else "left", no_wrap=True,
-                         overflow="ellipsis" if title == last else "fold")
+        # Where the width does not do, the last column alone gives way, though its cells are of one line as well.
+        table.add_column(title, justify="right" if title in right.split() else "left", no_wrap=title != last)
     for row in rows:
         table.add_row(*(
-            Text(printable(str(cell)), style=state_style(str(cell)) if title in states.split() else "")
+            Text(printable(str(cell)), style=state_style(str(cell)) if title in states.split() else "", no_wrap=True,
+                 overflow="ellipsis")
             for title, cell in zip(titles, row, strict=True)
         ))
     return table

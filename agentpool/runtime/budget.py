@@ -99,7 +99,7 @@ class Clerk:
         record = asdict(told[0])
         del record["id"]
         limit = self._core.share.memory_bytes
-        self._shared.publish(record | {"pid": os.getpid(), "name": ascii(self._name)[1:81], "memory_bytes": limit})
+        self._shared.publish(record | {"pid": os.getpid(), "name": ascii(self._name)[1:-1][:80], "memory_bytes": limit})
         if is_loud:
             self._shared.ring()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from agentpool.config import MB
 from agentpool.core.records import TaskRecord, WorkerRecord
 from agentpool.core.transitions import WorkerState
+from agentpool.io.rundir import default_runtime_directory
 
 if TYPE_CHECKING:
     from agentpool.runtime.manager import Manager
@@ -137,6 +138,7 @@ def _host_budget(manager: Manager) -> dict[str, Any] | None:
     return {
         "agents": budget.agents,
         "memory_mb": budget.memory_mb,
+        "directory": budget.directory or f"{default_runtime_directory()}/budget",
         "slots": len(share.held),
         "waits_for": "" if share.ticket is None else share.waits_for or "a slot",
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from agentpool import AgentPool
+from agentpool import AgentPool, HostBudget
 from agentpool.cli.health import _RemotePool
 from agentpool.control.client import find_pools
 
@@ -85,6 +85,45 @@ def test_ps_lists_pools_and_says_so_where_there_is_none(run: Run, served: Callab
     assert [pool["name"] for pool in document["pools"]] == ["first", "second"]
     assert document["pools"][0]["stats"]["counters"]["completed"] == 1
     assert document["foreign_agents"]["count"] >= 0
+
+
+def test_ps_and_status_show_who_has_the_slots_of_a_budget_and_who_waits(
+    run: Run, served: Callable[..., AgentPool], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    gate, directory = tmp_path / "gate", str(tmp_path / "budget")
+    budget = HostBudget(agents=1, memory_mb=800, directory=directory)
+    holder, waiter = served("holder", budget=budget), served("waiter", budget=budget)
+    held = holder.submit(wait_for, str(gate))
+    wait_until(held.running, "it does not run")
+    waiting = waiter.submit(os.getpid)
+    wait_until(lambda: waiter.get_pool_stats()["host_budget"]["waits_for"], "it does not wait")
+    files = {"XDG_CONFIG_HOME": str(tmp_path)}
+    (tmp_path / "agentpool").mkdir()
+    (tmp_path / "agentpool" / "config.toml").write_text("[budget]\nagents = 3\n")
+    listed = json.loads(run("ps", "--no-agents", "--json", **files).stdout)
+    (view,) = listed["budgets"]
+    assert (view["directory"], view["agents"], view["running"], view["waiting"]) == (directory, 1, 1, 1)
+    assert [(each["name"], each["slots"], each["waits_for"]) for each in view["members"]] == [
+        ("holder", 1, ""), ("waiter", 0, "a slot"),
+    ]
+    assert listed["budget_limits"]["budget.agents"] == {"value": 3, "source": f"{tmp_path}/agentpool/config.toml"}
+    assert listed["budget_limits"]["budget.memory_mb"]["source"] == "default"
+    shown = run("ps", "--no-agents", **files).stdout
+    assert f"Host budget in {directory}: 1 of 1 agents run, 1 waiting, " in shown
+    assert f"Limits of commands: 3 agents ({tmp_path}/agentpool/config.toml), 800 MB (default)" in shown
+    assert "It holds 0 of 1 slots of the host's budget, and waits for a slot" in run("status", "-p", "waiter").stdout
+    status = json.loads(run("status", "-p", "waiter", "--json").stdout)
+    assert status["budget"]["members"][0]["name"] == "holder"
+    assert status["stats"]["host_budget"]["directory"] == directory
+    (tmp_path / "agentpool" / "config.toml").write_text("[budget\n")
+    done = run("ps", "--no-agents", **files)
+    assert done.returncode == 0, "a broken file keeps nobody from looking"
+    assert "Limits of commands: unknown. " in done.stdout
+    os.chmod(directory, 0o755)
+    assert f"Host budget in {directory}: the runtime directory" in run("ps", "--no-agents").stdout
+    os.chmod(directory, 0o700)
+    gate.touch()
+    assert waiting.result(30)
 
 
 def test_ps_finds_agent_programs_that_no_pool_owns(

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from textual.widgets import DataTable, Static
 
-from agentpool import AgentPool
+from agentpool import AgentPool, HostBudget
 from agentpool.cli.screen import PoolScreen, Question, trend
 from agentpool.control.client import find_pools
 
@@ -98,6 +98,23 @@ def test_it_shows_workers_with_memory_trend_and_task(pool: AgentPool, tmp_path: 
         assert "breaker closed" in summary
 
     drive(pool, tmp_path, act)
+
+
+def test_it_shows_the_budget_that_the_pool_shares(make_pool: MakePool, tmp_path: Path,
+                                                  wait_until: Callable[..., None]) -> None:
+    place, end = str(tmp_path / "sockets"), str(tmp_path / "end")
+    budget = HostBudget(agents=1, memory_mb=None, directory=str(tmp_path / "budget"))
+    sharing = make_pool(2, control=place, budget=budget)
+    held = [sharing.submit(wait_for, end) for _ in range(2)]
+    wait_until(lambda: find_pools([place]), "no control socket came")
+
+    async def act(screen: PoolScreen, pilot: Any) -> None:
+        await until(lambda: "1 of 1 agents run, 1 waiting" in text(screen, "#summary"))
+        assert "It holds 1 of 1 slots of the host's budget, and waits for a slot" in text(screen, "#summary")
+
+    drive(sharing, tmp_path, act)
+    Path(end).touch()
+    assert all(future.result(30) for future in held)
 
 
 def test_a_worker_is_killed_only_after_a_yes(pool: AgentPool, tmp_path: Path) -> None:
