@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import pytest
 
 from agentpool import Agent, AgentKind, AgentPool, AgentRegistry, TaskTimeoutError
@@ -197,6 +199,45 @@ def test_no_more_of_a_kind_run_at_once_than_it_says(make_pool: MakePool, tmp_pat
     kind = AgentKind(name="exclusive", agent=Exclusive, concurrency=1)
     futures = [pool.submit_agent(kind, str(tmp_path / "inside")) for _ in range(9)]
     assert all(future.result(30) for future in futures)
+
+
+def test_six_prompts_two_at_a_time(make_pool: MakePool, claude: Callable[..., AgentKind]) -> None:
+    pool = make_pool(4)
+    kind = claude({"session": True}, concurrency=2)
+    futures = [pool.submit_agent(kind, f"SLOW 0.2 number {number}") for number in range(6)]
+    answers = [future.result(60)["answer"] for future in futures]
+    assert answers == [f"You said: SLOW 0.2 number {number} (1)" for number in range(6)]
+    runs = [attempt for future in futures for attempt in future.history]
+    # An end is noted a little after the next one's start.
+    assert max(sum(run.started_at <= at < (run.ended_at or at) - 0.1 for run in runs)
+               for at in (run.started_at for run in runs)) == 2
+
+
+KILLED = """
+import json, sys
+from agentpool import AgentKind, AgentPool
+
+kind = AgentKind(name="claude", agent="claude", config={"command": sys.argv[1], "session": True})
+AgentPool(1, cpu_threshold_percent=100).submit_agent(kind, "TOOL " + sys.argv[2]).result()
+"""
+
+
+def test_nothing_is_left_two_seconds_after_a_sigkill_of_the_pools_process(
+    program: str, tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    """In the middle of a tool, which leads a session of its own."""
+    file = tmp_path / "tool"
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, program, str(file)])
+    try:
+        wait_until(lambda: file.exists() and file.read_text().endswith("\n"), "the tool did not start", 60)
+        below = psutil.Process(parent.pid).children(recursive=True)
+        assert int(file.read_text()) in {process.pid for process in below}
+    finally:
+        parent.kill()
+        parent.wait()
+    assert len(below) >= 4, "keeper, worker, program, tool"
+    _, alive = psutil.wait_procs(below, timeout=2.0 if os.environ.get("AGENTPOOL_TEST_PATIENCE") is None else 20.0)
+    assert not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_the_files_of_a_directory_run(make_pool: MakePool, program: str, tmp_path: Path) -> None:
