@@ -68,11 +68,11 @@ def test_shared_memory():
 CLEAN = '''
 import multiprocessing
 import os
+import select
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -100,8 +100,10 @@ def test_all_closed(tmp_path):
 def test_orphan_that_ends():
     """Its exit code is nobody's but the subreaper's, and an exit code that is waited for is not stolen."""
     awaited = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-    subprocess.run(["sh", "-c", "sleep 0.2 &"], check=True)
-    time.sleep(1)
+    said = subprocess.run(["sh", "-c", "sleep 0.2 >/dev/null 2>&1 & echo $!"], check=True, capture_output=True)
+    orphan = os.pidfd_open(int(said.stdout))
+    assert select.select([orphan], [], [], 30)[0]
+    os.close(orphan)
     assert awaited.wait() == 3
 
 

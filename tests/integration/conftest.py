@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,3 +31,13 @@ def make_pool() -> Iterator[Callable[..., AgentPool]]:
     for pool in pools:
         pool.kill_workers()
     pools.clear()  # a traceback may hold this frame
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    """The scripted agent program, run by the interpreter of the tests: its path."""
+    path = tmp_path / "agent-program"
+    script = Path(__file__).with_name("agent_program.py")
+    path.write_text(f"#!{sys.executable} -I\n" + script.read_text().partition("\n")[2])
+    path.chmod(0o755)
+    return str(path)

@@ -20,7 +20,6 @@ from agentpool.agents.registry import default_registry
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that workers need not import pytest
 
 MakePool = Callable[..., AgentPool]
-SCRIPT = Path(__file__).with_name("agent_program.py")
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -31,14 +30,6 @@ class Counting(Agent):
     def run(self, prompt: str, *args: Any, **kwargs: Any) -> tuple[str, int, int]:
         self.count += 1
         return prompt, self.count, os.getpid()
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> str:
-    path = tmp_path / "agent-program"
-    path.write_text(f"#!{sys.executable} -I\n" + SCRIPT.read_text().partition("\n")[2])
-    path.chmod(0o755)
-    return str(path)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,21 +24,11 @@ from agentpool_worker.agents.failures import (
     AgentUnavailableError,
 )
 
-SCRIPT = Path(__file__).with_name("agent_program.py")
 pytestmark = pytest.mark.timeout(90)
 
 Make = Callable[..., CliAgent]
 IsAlive = Callable[[int], bool]
 WaitUntil = Callable[..., None]
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> str:
-    """The scripted program, run by the interpreter of the tests."""
-    path = tmp_path / "agent-program"
-    path.write_text(f"#!{sys.executable} -I\n" + SCRIPT.read_text().partition("\n")[2])
-    path.chmod(0o755)
-    return str(path)
 
 
 @pytest.fixture

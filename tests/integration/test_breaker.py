@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,6 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that workers n
 WaitUntil = Callable[..., None]
 MakePool = Callable[..., AgentPool]
 QUICK = BreakerSettings(failure_threshold=2, open_seconds=0.2, max_open_seconds=0.4)
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **settings: Any) -> AgentPool:
-        settings.setdefault("cpu_threshold_percent", 100)  # other work on this machine must not degrade a pool
-        pools.append(AgentPool(*args, **settings))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        if pool.get_pool_stats()["running"]:  # the test failed: nobody will let its tasks go on
-            pool.kill_workers()
-        pool.shutdown(cancel_futures=True)
 
 
 class Changes:

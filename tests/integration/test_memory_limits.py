@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,6 @@ MakePool = Callable[..., AgentPool]
 IsAlive = Callable[[int], bool]
 #: Takes memory, says so, and stays until it is killed.
 HELPER = "import sys, time; data = b'x' * (int(sys.argv[1]) << 20); print('ready', flush=True); time.sleep(600)"
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **settings: Any) -> AgentPool:
-        settings.setdefault("cpu_threshold_percent", 100)  # other work on this machine must not degrade a pool
-        pools.append(AgentPool(*args, **settings))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        if pool.get_pool_stats()["running"]:  # the test failed: nobody will let its tasks go on
-            pool.kill_workers()
-        pool.shutdown()
 
 
 def memory_error(future: AgentFuture[Any]) -> MemoryLimitError:

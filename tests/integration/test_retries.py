@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -45,22 +45,6 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that workers n
 
 WaitUntil = Callable[..., None]
 MakePool = Callable[..., AgentPool]
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **settings: Any) -> AgentPool:
-        settings.setdefault("cpu_threshold_percent", 100)  # other work on this machine must not degrade a pool
-        pools.append(AgentPool(*args, **settings))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        if pool.get_pool_stats()["running"]:  # the test failed: nobody will let its tasks go on
-            pool.kill_workers()
-        pool.shutdown()
 
 
 def crash_error(future: AgentFuture[Any]) -> WorkerCrashedError:

@@ -31,22 +31,6 @@ BURNER = "import os\nprint('ready', flush=True)\nwhile os.getppid() == {parent}:
 
 
 @pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    pools: list[AgentPool] = []
-
-    def make(*args: Any, **settings: Any) -> AgentPool:
-        settings.setdefault("cpu_threshold_percent", 100)  # other work on this machine must not degrade a pool
-        pools.append(AgentPool(*args, **settings))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        if pool.get_pool_stats()["running"]:  # the test failed: nobody will let its tasks go on
-            pool.kill_workers()
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture
 def burner() -> Iterator[subprocess.Popen[bytes]]:
     """A process that keeps a CPU busy, and is not the pool's."""
     process = subprocess.Popen([sys.executable, "-c", BURNER.format(parent=os.getpid())], stdout=subprocess.PIPE)
