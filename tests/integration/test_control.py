@@ -32,7 +32,8 @@ def pid_of_worker() -> int:
 
 
 def wait_for(path: str) -> int:
-    """Runs until the file is there."""
+    """Runs until the file is there; says beside it that it has begun."""
+    Path(path + ".began").touch()
     while not os.path.exists(path):
         time.sleep(0.01)
     return os.getpid()
@@ -184,7 +185,7 @@ def test_workers_are_recycled_killed_and_resized(
         wait_until(lambda: [each["status"] for each in client.call("workers")] == ["idle"], "it did not go")
         assert client.call("recycle") == {"recycled": 1}
         future = pool.submit(wait_for, str(tmp_path / "never"))
-        wait_until(future.running, "it does not run")
+        wait_until((tmp_path / "never.began").exists, "it does not run")
         busy = next(each["id"] for each in client.call("workers") if each["status"] == "busy")
         assert client.call("kill", worker=busy, reason="it eats the disk") == {"killed": True}
         assert "it eats the disk" in str(future.exception(20))
@@ -206,7 +207,7 @@ def test_shutdown_stops_everything_and_names_the_reason(
 ) -> None:
     pool = make_pool(1, control=place)
     future = pool.submit(wait_for, str(tmp_path / "never"))
-    wait_until(future.running, "it does not run")
+    wait_until((tmp_path / "never.began").exists, "it does not run")
     queued = pool.submit(pid_of_worker)
     with find().connect() as client:
         done = client.call("shutdown", reason="the disk is full")
