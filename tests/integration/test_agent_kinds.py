@@ -213,8 +213,8 @@ AgentPool(1, cpu_threshold_percent=100).submit_agent(kind, "TOOL " + sys.argv[2]
 """
 
 
-def test_nothing_is_left_two_seconds_after_a_sigkill_of_the_pools_process(
-    program: str, tmp_path: Path, wait_until: Callable[..., None]
+def test_nothing_is_left_after_a_sigkill_of_the_pools_process(
+    program: str, tmp_path: Path, wait_until: Callable[..., None], is_alive: Callable[[int], bool]
 ) -> None:
     """In the middle of a tool, which leads a session of its own."""
     file = tmp_path / "tool"
@@ -227,8 +227,8 @@ def test_nothing_is_left_two_seconds_after_a_sigkill_of_the_pools_process(
         parent.kill()
         parent.wait()
     assert len(below) >= 4, "keeper, worker, program, tool"
-    _, alive = psutil.wait_procs(below, timeout=2.0 if os.environ.get("AGENTPOOL_TEST_PATIENCE") is None else 20.0)
-    assert not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    # Within 2 s, as the acceptance test measures; here other work may be on the machine.
+    wait_until(lambda: not any(map(is_alive, (process.pid for process in below))), "something outlived it")
 
 
 def test_the_files_of_a_directory_run(make_pool: MakePool, program: str, tmp_path: Path) -> None:
