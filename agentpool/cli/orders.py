@@ -6,17 +6,20 @@ Each asks the pool for one thing and says in a line what came of it. Waiting is 
 from __future__ import annotations
 
 import enum
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
 import typer
 
 from agentpool.cli.reach import EXIT_CODES, Folder, Json, Pool, answer_no, print_json, reach
 from agentpool.cli.tables import seconds_words
-from agentpool.cli.terminal import UsageProblem
+from agentpool.cli.terminal import UsageProblem, message
 from agentpool.control.client import ControlClient
 from agentpool.control.wire import ControlError
+from agentpool_worker.agents.rendering import printable
 
 __all__ = ["COMMANDS"]
 
@@ -38,6 +41,20 @@ class Action(enum.StrEnum):
     reset = "reset"
 
 
+@contextmanager
+def _ordered(pool: str | None, place: str | None) -> Iterator[ControlClient]:
+    """Connected to the pool that is meant. Whoever did not name one, and sees it, is told which one it is."""
+    with reach(pool, place) as client:
+        if pool is None and sys.stderr.isatty():
+            who = client.hello["pool"]
+            message(f"pool {printable(str(who['name']))} ({who['id']})")
+        yield client
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _tell(as_json: bool, answer: dict[str, Any], words: str) -> None:
     if as_json:
         print_json(answer)
@@ -52,10 +69,11 @@ def recycle(
     pool: Pool = None, as_json: Json = False, place: Folder = None,
 ) -> None:
     """Replace a worker, or all, as soon as their tasks have ended. No work is lost."""
-    with reach(pool, place) as client:
+    with _ordered(pool, place) as client:
         answer = client.call("recycle", worker=worker)
     count = answer["recycled"]
-    _tell(as_json, answer, f"{count} worker{'s go' if count != 1 else ' goes'} as soon as the task has ended.")
+    words = "1 worker goes as soon as its task has" if count == 1 else f"{count} workers go as soon as their tasks have"
+    _tell(as_json, answer, f"{words} ended.")
 
 
 def kill(
@@ -64,7 +82,7 @@ def kill(
     pool: Pool = None, as_json: Json = False, place: Folder = None,
 ) -> None:
     """Kill a worker and all processes below it now. Its task fails, or runs again where it may; the pool goes on."""
-    with reach(pool, place) as client:
+    with _ordered(pool, place) as client:
         answer = client.call("kill", worker=worker, reason=reason)
     _tell(as_json, answer, f"Worker {worker} {'was killed' if answer['killed'] else 'is gone already'}.")
     answer_no(not answer["killed"])
@@ -72,13 +90,13 @@ def kill(
 
 def pause(pool: Pool = None, as_json: Json = False, place: Folder = None) -> None:
     """Begin no task until `agentpool resume`. Running tasks go on, new ones wait."""
-    with reach(pool, place) as client:
+    with _ordered(pool, place) as client:
         _tell(as_json, client.call("pause"), "Paused: nothing begins until `agentpool resume`.")
 
 
 def resume(pool: Pool = None, as_json: Json = False, place: Folder = None) -> None:
     """End a pause or a drain."""
-    with reach(pool, place) as client:
+    with _ordered(pool, place) as client:
         _tell(as_json, client.call("resume"), "Resumed.")
 
 
@@ -88,11 +106,11 @@ def drain(
     pool: Pool = None, as_json: Json = False, place: Folder = None,
 ) -> None:
     """Have a pool refuse new tasks and finish what it accepted; wait for that. `agentpool resume` ends it."""
-    with reach(pool, place) as client:
+    with _ordered(pool, place) as client:
         left = client.call("drain")["unfinished"]
         if wait:
             left = _await(timeout, lambda: client.call("tasks", limit=1)["total"])
-    words = "Drained: nothing is left." if not left else f"Draining: {left} tasks are not over."
+    words = "Drained: nothing is left." if not left else f"Draining: {_count(left, 'task')} not over yet."
     _tell(as_json, {"drained": not left, "unfinished": left}, words)
     answer_no(wait and left > 0)
 
@@ -117,9 +135,10 @@ def resize(
     """Change how many workers there may be, and how many tasks run at once. No task is stopped for it."""
     if workers is None and concurrent is None:
         raise UsageProblem("resize needs the number of workers, --concurrent N, or both")
-    with reach(pool, place) as client:
+    with _ordered(pool, place) as client:
         answer = client.call("resize", workers=workers, concurrent=concurrent)
-    _tell(as_json, answer, f"At most {answer['max_workers']} workers, {answer['max_concurrent']} tasks at once.")
+    workers_words, tasks_words = _count(answer["max_workers"], "worker"), _count(answer["max_concurrent"], "task")
+    _tell(as_json, answer, f"At most {workers_words}, {tasks_words} at once.")
 
 
 def breaker(
@@ -139,7 +158,7 @@ def breaker(
                            "breaker judge by itself again, say: agentpool breaker reset")
     if action in (Action.show, Action.reset) and ttl is not None:
         raise UsageProblem(f"breaker {action} knows no --ttl: that is for open and close")
-    with reach(pool, place) as client:
+    with _ordered(pool, place) as client:
         answer = client.call("breaker", action=action.value, ttl=ttl,
                              reason=reason if action is Action.open else None)
     left = answer["seconds_left"]
@@ -158,14 +177,14 @@ def shutdown(
     pool: Pool = None, as_json: Json = False, place: Folder = None,
 ) -> None:
     """Stop a pool at once: kill its workers, cancel what waits. --graceful: finish what was accepted first."""
-    with reach(pool, place) as client:
+    with _ordered(pool, place) as client:
         answer = client.call("shutdown", reason=None if graceful else reason, graceful=graceful)
         is_over = not wait or _await_end(client, timeout)
     if graceful:
-        words = f"Shutting down: {answer['unfinished']} tasks are finished first." if not wait else "Shut down."
+        words = f"Shutting down: {_count(answer['unfinished'], 'task')} to finish first." if not wait else "Shut down."
     else:
-        words = (f"Stopped: {answer['workers_stopped']} workers killed, {answer['tasks_stopped']} tasks stopped, "
-                 f"{answer['tasks_cancelled']} cancelled.")
+        words = (f"Stopped: {_count(answer['workers_stopped'], 'worker')} killed, "
+                 f"{_count(answer['tasks_stopped'], 'task')} stopped, {answer['tasks_cancelled']} cancelled.")
     _tell(as_json, answer | {"is_over": is_over and wait}, words if is_over else "It goes on shutting down.")
     answer_no(not is_over)
 

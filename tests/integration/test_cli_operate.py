@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -373,7 +374,7 @@ def test_drain_waits_and_gives_up_in_time(
     future = pool.submit(wait_for, str(tmp_path / "end"))
     wait_until(future.running, "it does not run")
     done = run("drain", "--timeout", "0.3")
-    assert (done.returncode, done.stdout) == (1, "Draining: 1 tasks are not over.\n")
+    assert (done.returncode, done.stdout) == (1, "Draining: 1 task not over yet.\n")
     threading.Timer(1.0, (tmp_path / "end").touch).start()
     done = run("drain", "--timeout", "60", "--json")
     assert done.returncode == 0
@@ -383,11 +384,29 @@ def test_drain_waits_and_gives_up_in_time(
     assert pool.submit(os.getpid).result(20) > 0
 
 
+@pytest.mark.parametrize(("words", "says"), [((), True), (("--pool", "reviews"), False)])
+def test_an_order_that_names_no_pool_says_on_a_terminal_which_one_it_went_to(
+    served: Callable[..., AgentPool], environment: dict[str, str], words: tuple[str, ...], says: bool
+) -> None:
+    pool = served()
+    terminal, theirs = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-m", "agentpool", "pause", *words], stdout=subprocess.PIPE, stderr=theirs,
+                       check=True, timeout=60, env=environment)
+        os.write(theirs, b"end\n")
+        shown = os.read(terminal, 4096).decode()
+    finally:
+        os.close(terminal)
+        os.close(theirs)
+    assert ("agentpool: pool reviews (" in shown) is says
+    assert pool.get_pool_stats()["is_paused"]
+
+
 def test_recycle_kill_and_resize(
     run: Run, served: Callable[..., AgentPool], tmp_path: Path, wait_until: Callable[..., None]
 ) -> None:
     pool = served()
-    assert run("recycle", "1").stdout == "1 worker goes as soon as the task has ended.\n"
+    assert run("recycle", "1").stdout == "1 worker goes as soon as its task has ended.\n"
     future = pool.submit(wait_for, str(tmp_path / "never"))
     wait_until((tmp_path / "never.began").exists, "it does not run")
     number = next(str(each["id"]) for each in pool.get_pool_stats()["workers"] if each["status"] == "busy")
@@ -429,7 +448,7 @@ def test_shutdown_stops_at_once_or_gracefully(
     done = run("shutdown", "--reason", "out of memory")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Stopped: ")
-    assert "1 tasks stopped, 0 cancelled." in done.stdout
+    assert "1 task stopped, 0 cancelled." in done.stdout
     assert "out of memory" in str(future.exception(20))
     assert os.listdir(place) == [], "it returns when the pool is gone"
     pool = served("second")
