@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-__all__ = ["MARK", "Process", "below", "end_all", "processes", "strays"]
+__all__ = ["MARK", "Process", "below", "end_all", "look_up", "processes", "strays"]
 
 #: In the environment of an agent program and of all that it starts.
 MARK: Final = "AGENTPOOL_AGENT"
@@ -41,12 +41,13 @@ def processes() -> dict[int, Process]:
     except OSError:  # no procfs
         return {}
     for name in names:
-        if name.isdigit() and (process := _read(int(name))) is not None:
-            found[process.pid] = process
+        if name.isdigit() and (one := look_up(int(name))) is not None:
+            found[one.pid] = one
     return found
 
 
-def _read(pid: int) -> Process | None:
+def look_up(pid: int) -> Process | None:
+    """One of them; None: it has ended, or cannot be seen."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
@@ -133,7 +134,7 @@ def end_all(targets: Iterable[Process], mark: str, since: int, spared: Iterable[
 
 def _kill(target: Process) -> bool:
     """SIGKILL exactly this process; reap it where it is our child. False: it is gone."""
-    now = _read(target.pid)
+    now = look_up(target.pid)
     if now is None or now.started != target.started:
         return False
     if now.state == "Z":
@@ -145,7 +146,7 @@ def _kill(target: Process) -> bool:
     except OSError:  # it ended in this instant
         return False
     try:
-        same = _read(target.pid)  # the descriptor holds the process fast: what we read now is what we kill
+        same = look_up(target.pid)  # the descriptor holds the process fast: what we read now is what we kill
         if same is None or same.started != target.started:
             return False
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)

@@ -68,7 +68,7 @@ class Program:
                 start_new_session=True,
                 bufsize=0,
             )
-            own = descendants.processes().get(self._process.pid)
+            own = descendants.look_up(self._process.pid)
             self._since = own.started if own is not None else 0
             for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
                 assert stream is not None
