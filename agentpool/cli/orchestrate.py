@@ -52,57 +52,72 @@ class OrchestrateOptions:
     budget: bool | None
 
 
+_Prompt = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="What is to be done, in words; a plan file may have it.")
+]
+_Plan = Annotated[
+    str | None,
+    typer.Option("--plan", metavar="FILE", help="A plan (TOML): agents, and which of them waits for which."),
+]
+_Path = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="The code to work on: a directory or a file.  [default: ., or the plan's]"),
+]
+_Out = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Where agents write files to; without it they write none.")
+]
+_Agents = Annotated[
+    list[str] | None,
+    typer.Option("--agent", metavar="NAME", help="Run this agent, not those that are planned; may be repeated."),
+]
+_Runner = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What runs the agents of .claude/agents: claude, codex, ..., auto (the first that is installed), or "
+        "stock to leave them alone.  [default: auto, or the plan's]",
+    ),
+]
+_BudgetSeconds = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="For the whole plan: then what runs is stopped.")
+]
+_BudgetMb = Annotated[
+    float | None, typer.Option(metavar="MB", help="Memory for all agents that run at a time.")
+]
+_StopOnFailure = Annotated[
+    bool, typer.Option("--stop-on-failure", help="End the plan on the first required agent that fails.")
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the plan, show what would run and in which order, and end.")
+]
+_MaxWorkers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Worker processes at most.  [default: 4]")
+]
+_MaxConcurrent = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Agents that run at once.  [default: 2, or what --max-workers says]"),
+]
+_MemoryLimit = Annotated[
+    float | None, typer.Option(metavar="MB", help="Stop an agent whose whole process tree uses more memory.")
+]
+
+
 def orchestrate(
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="What is to be done, in words; a plan file may have it.")
-    ] = None,
-    plan: Annotated[
-        str | None,
-        typer.Option("--plan", metavar="FILE", help="A plan (TOML): agents, and which of them waits for which."),
-    ] = None,
-    path: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="The code to work on: a directory or a file.  [default: ., or the plan's]"),
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where agents write files to; without it they write none.")
-    ] = None,
-    agents: Annotated[
-        list[str] | None,
-        typer.Option("--agent", metavar="NAME", help="Run this agent, not those that are planned; may be repeated."),
-    ] = None,
-    runner: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What runs the agents of .claude/agents: claude, codex, ..., auto (the first that is installed), or "
-            "stock to leave them alone.  [default: auto, or the plan's]",
-        ),
-    ] = None,
-    budget_seconds: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="For the whole plan: then what runs is stopped.")
-    ] = None,
-    budget_mb: Annotated[
-        float | None, typer.Option(metavar="MB", help="Memory for all agents that run at a time.")
-    ] = None,
-    stop_on_failure: Annotated[
-        bool, typer.Option("--stop-on-failure", help="End the plan on the first required agent that fails.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the plan, show what would run and in which order, and end.")
-    ] = False,
+    prompt: _Prompt = None,
+    plan: _Plan = None,
+    path: _Path = None,
+    out: _Out = None,
+    agents: _Agents = None,
+    runner: _Runner = None,
+    budget_seconds: _BudgetSeconds = None,
+    budget_mb: _BudgetMb = None,
+    stop_on_failure: _StopOnFailure = False,
+    dry_run: _DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document: report and health.")] = False,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop an agent that runs longer.")] = None,
-    max_workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Worker processes at most.  [default: 4]")
-    ] = None,
-    max_concurrent: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Agents that run at once.  [default: 2, or what --max-workers says]"),
-    ] = None,
-    memory_limit: Annotated[
-        float | None, typer.Option(metavar="MB", help="Stop an agent whose whole process tree uses more memory.")
-    ] = None,
+    max_workers: _MaxWorkers = None,
+    max_concurrent: _MaxConcurrent = None,
+    memory_limit: _MemoryLimit = None,
     budget: Annotated[bool | None, BUDGET_OPTION] = None,
 ) -> None:
     """Plan a prompt into agents, or take a plan from a file, run them in pooled workers, and report."""

@@ -58,59 +58,72 @@ class RunOptions:
     budget: bool | None
 
 
+_Timeout = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="Stop a job that runs longer; its exit value is -1.")
+]
+_MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MB",
+        help="Stop a job whose whole process tree uses more memory. The worker itself, about 15 MB, counts.",
+    ),
+]
+_Retries = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Run a job that failed, for whatever reason, up to N times more.")
+]
+_JobLog = Annotated[
+    str | None,
+    typer.Option(
+        "--joblog", metavar="FILE",
+        help="Write a line for each ended job, in GNU parallel's format. The file starts anew, unless --resume is "
+        "given or its name here begins with +.",
+    ),
+]
+_Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Skip the jobs that succeeded by the job log. Failed, stopped and unfinished ones run again. A job is "
+        "told by its number and its command.",
+    ),
+]
+_KeepOrder = Annotated[
+    bool, typer.Option("--keep-order", "-k", help="Show output in order of input, not as jobs end.")
+]
+_Shell = Annotated[
+    bool, typer.Option("--shell", help="COMMAND is a line for /bin/sh, arguments quoted. Else there is no shell.")
+]
+_JsonLines = Annotated[
+    bool, typer.Option("--jsonl", help="Each line of input is a JSON object; {name} in COMMAND is its field.")
+]
+_Bar = Annotated[
+    bool, typer.Option("--bar", "--progress", help="Show progress, where standard error is a terminal.")
+]
+_Halt = Annotated[
+    str, typer.Option(metavar="WHEN", help="End early: now|soon,fail|success|done=N, for example now,fail=1.")
+]
+_Files = Annotated[
+    list[str] | None,
+    typer.Option("--arg-file", "-a", metavar="FILE", help="Read arguments from lines of FILE; may be repeated."),
+]
+
+
 def run(
     context: typer.Context,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Jobs that run at once.")] = 2,
-    timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Stop a job that runs longer; its exit value is -1.")
-    ] = None,
-    memory_limit: Annotated[
-        float | None,
-        typer.Option(
-            metavar="MB",
-            help="Stop a job whose whole process tree uses more memory. The worker itself, about 15 MB, counts.",
-        ),
-    ] = None,
-    retries: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Run a job that failed, for whatever reason, up to N times more.")
-    ] = 0,
-    job_log: Annotated[
-        str | None,
-        typer.Option(
-            "--joblog", metavar="FILE",
-            help="Write a line for each ended job, in GNU parallel's format. The file starts anew, unless --resume is "
-            "given or its name here begins with +.",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Skip the jobs that succeeded by the job log. Failed, stopped and unfinished ones run again. A job is "
-            "told by its number and its command.",
-        ),
-    ] = False,
+    timeout: _Timeout = None,
+    memory_limit: _MemoryLimit = None,
+    retries: _Retries = 0,
+    job_log: _JobLog = None,
+    resume: _Resume = False,
     resume_failed: Annotated[bool, typer.Option("--resume-failed", help="GNU parallel's name for --resume.")] = False,
-    keep_order: Annotated[
-        bool, typer.Option("--keep-order", "-k", help="Show output in order of input, not as jobs end.")
-    ] = False,
-    shell: Annotated[
-        bool, typer.Option("--shell", help="COMMAND is a line for /bin/sh, arguments quoted. Else there is no shell.")
-    ] = False,
-    json_lines: Annotated[
-        bool, typer.Option("--jsonl", help="Each line of input is a JSON object; {name} in COMMAND is its field.")
-    ] = False,
+    keep_order: _KeepOrder = False,
+    shell: _Shell = False,
+    json_lines: _JsonLines = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each ended job.")] = False,
-    bar: Annotated[
-        bool, typer.Option("--bar", "--progress", help="Show progress, where standard error is a terminal.")
-    ] = False,
-    halt: Annotated[
-        str, typer.Option(metavar="WHEN", help="End early: now|soon,fail|success|done=N, for example now,fail=1.")
-    ] = "never",
-    files: Annotated[
-        list[str] | None,
-        typer.Option("--arg-file", "-a", metavar="FILE", help="Read arguments from lines of FILE; may be repeated."),
-    ] = None,
+    bar: _Bar = False,
+    halt: _Halt = "never",
+    files: _Files = None,
     null: Annotated[bool, typer.Option("--null", "-0", help="Arguments end with a NUL, not with a newline.")] = False,
     budget: Annotated[bool | None, BUDGET_OPTION] = None,
 ) -> None:
