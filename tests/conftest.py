@@ -66,6 +66,14 @@ def pytest_sessionstart() -> None:
     _the_test_process = os.getpid()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _sockets_of_their_own() -> Iterator[None]:
+    """Commands that somebody gives to all of his pools meanwhile do not concern those of tests, nor the reverse."""
+    with tempfile.TemporaryDirectory(prefix="agentpool-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     if os.getpid() != _the_test_process:
