@@ -31,15 +31,20 @@ def budgets(pools: Iterable[Mapping[str, Any]], *, is_everywhere: bool) -> list[
         found, _ = _configuration()
         named = None if found is None else found.budget.directory
         directories = [_default_directory(), named or _default_directory()]
-    directories += [told["directory"] for pool in pools if (told := pool.get("host_budget")) is not None]
+    directories += [directory for pool in pools if (directory := _directory_of(pool)) is not None]
     views = map(_look, dict.fromkeys(directories))
     return [view for view in views if view["members"] or view["problem"]]
 
 
 def budget_of(stats: Mapping[str, Any]) -> dict[str, Any] | None:
     """The budget that a pool shares, by its statistics; None: it shares none."""
-    told = stats.get("host_budget")
-    return None if told is None else _look(told["directory"])
+    directory = _directory_of(stats)
+    return None if directory is None else _look(directory)
+
+
+def _directory_of(stats: Mapping[str, Any]) -> str | None:
+    """None: the pool shares no budget, or is of a version that does not tell where."""
+    return (stats.get("host_budget") or {}).get("directory")
 
 
 def _default_directory() -> str:
