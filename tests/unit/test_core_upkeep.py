@@ -513,7 +513,7 @@ def test_a_reading_in_between_does_not_make_the_next_ones_more_frequent(make_ben
 def test_the_first_task_after_a_quiet_time_has_the_host_watched_again(make_bench) -> None:
     bench = make_bench(idle_timeout=None)
     bench.idle_worker()
-    bench.advance(300.0)
+    bench.advance(330.5)
     before = bench.host_asked
     bench.submit()
     bench.advance(10.0)
