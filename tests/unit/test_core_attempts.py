@@ -664,3 +664,16 @@ class TestStopAll:
         task, _ = bench.started()
         with pytest.raises(InternalError, match="RUNNING attempts=1> cannot become ASSIGNED"):
             bench.core._move_task(task, TaskState.ASSIGNED)
+
+
+def test_what_a_shutdown_leaves_undone_says_why_the_breaker_is_open(make_bench) -> None:
+    bench = make_bench()
+    isolated, worker = bench.started(policy=compile_policy(3))
+    bench.exit(worker)
+    bench.do(bench.core.force_open, "the moon is full")
+    waiting = bench.submit()
+    bench.advance(60.0)
+    assert isolated.is_isolated
+    bench.do(bench.core.shutdown, cancel_futures=False)
+    for task in (isolated, waiting):
+        assert "the moon is full" in str(bench.outcomes[task.id][1])
