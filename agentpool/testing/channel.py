@@ -203,11 +203,15 @@ class FakeChannel:
         count = self.stderr_count
         return self.stderr_tail[max(0, len(self.stderr_tail) - max(0, count - position)) :], count
 
+    def keep_stderr(self, data: bytes) -> None:
+        """Remember the end of it."""
+        self.stderr_tail = (self.stderr_tail + data)[-4096:]
+        self.stderr_count += len(data)
+
     def read_stderr(self) -> bytes:
         """What the worker wrote to its standard error since; the tail is kept. b"" where there is nothing."""
         data, self.stderr = self.stderr, b""
-        self.stderr_tail = (self.stderr_tail + data)[-4096:]
-        self.stderr_count += len(data)
+        self.keep_stderr(data)
         if not self.is_results_ended:
             self.machine.readable.discard(self.stderr_fd)
         return data
