@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,3 +43,18 @@ def program(tmp_path: Path) -> str:
     path.write_text(f"#!{sys.executable} -I\n" + script.read_text().partition("\n")[2])
     path.chmod(0o755)
     return str(path)
+
+
+@pytest.fixture
+def stop(wait_until: Callable[..., None]) -> Callable[[int], None]:
+    """Stops a process: SIGSTOP, and all of its threads have heard of it."""
+
+    def is_stopped(pid: int) -> bool:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+    def stop(pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: is_stopped(pid), "it does not stop")
+
+    return stop

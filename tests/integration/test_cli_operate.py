@@ -198,13 +198,13 @@ def _below(pool: AgentPool) -> set[int]:
 
 
 def test_ps_shows_a_pool_that_does_not_answer(
-    run: Run, place: str, wait_until: Callable[..., None], environment: dict[str, str]
+    run: Run, place: str, wait_until: Callable[..., None], environment: dict[str, str], stop: Callable[[int], None]
 ) -> None:
     source = (f"import os, sys; from agentpool import AgentPool; pool = AgentPool(1, control={place!r}); "
               "pool.submit(os.getpid).result(); sys.stdin.read(); pool.shutdown()")
     with subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE) as program:
         wait_until(lambda: find_pools([place]), "it has no socket")
-        program.send_signal(signal.SIGSTOP)
+        stop(program.pid)
         try:
             assert " silent " in run("ps", "--no-agents").stdout
             done = run("status", "--pool", str(program.pid))

@@ -292,11 +292,12 @@ def test_a_pool_that_is_killed_while_it_is_watched_is_gone(
 
 
 def test_a_stopped_pool_is_silent_and_comes_back(
-    place: str, find: Callable[[], FoundPool], run_pool: Callable[..., subprocess.Popen[str]]
+    place: str, find: Callable[[], FoundPool], run_pool: Callable[..., subprocess.Popen[str]],
+    stop: Callable[[int], None],
 ) -> None:
     program = run_pool(place)
     find()
-    program.send_signal(signal.SIGSTOP)
+    stop(program.pid)
     try:
         (found,) = find_pools([place], seconds=0.2)
         assert "does not answer within 0.2 s" in found.problem

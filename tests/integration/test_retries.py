@@ -426,10 +426,12 @@ def test_shutdown_waits_for_what_is_to_be_run_again(make_pool: MakePool, tmp_pat
 # what never began
 
 
-def test_a_task_that_never_began_is_not_charged(make_pool: MakePool, tmp_path: Path) -> None:
+def test_a_task_that_never_began_is_not_charged(
+    make_pool: MakePool, tmp_path: Path, stop: Callable[[int], None]
+) -> None:
     pool = make_pool(1)
     worker = pool.submit(os.getpid).result(30)
-    os.kill(worker, signal.SIGSTOP)  # it takes no more calls
+    stop(worker)  # it takes no more calls
     task = pool.submit(crash, tmp_path / "log", 1)
     os.kill(worker, signal.SIGKILL)
     assert task.result(30) == "done"
@@ -440,11 +442,13 @@ def test_a_task_that_never_began_is_not_charged(make_pool: MakePool, tmp_path: P
     assert pool.breaker.failure_count == 1, "no task is to blame for this death"
 
 
-def test_what_never_began_keeps_all_of_its_attempts(make_pool: MakePool, tmp_path: Path) -> None:
+def test_what_never_began_keeps_all_of_its_attempts(
+    make_pool: MakePool, tmp_path: Path, stop: Callable[[int], None]
+) -> None:
     pool = make_pool(1, retry=2)
     for _ in range(2):
         worker = pool.submit(os.getpid).result(30)
-        os.kill(worker, signal.SIGSTOP)
+        stop(worker)
         task = pool.submit(crash, tmp_path / f"{worker}", 2)
         os.kill(worker, signal.SIGKILL)
         assert (task.result(30), task.attempts) == ("done", 2)
