@@ -232,12 +232,15 @@ class TestKillWorker:
         counters = pool.get_pool_stats()["counters"]
         assert (counters["workers_killed"], counters["crashed"]) == (1, 0)
 
-    def test_a_task_that_may_run_twice_does(self, make_pool: MakePool, gate: Path, wait_until: WaitUntil) -> None:
+    def test_a_task_that_may_run_twice_does(
+        self, make_pool: MakePool, gate: Path, wait_until: WaitUntil, is_alive: Callable[[int], bool]
+    ) -> None:
         pool = make_pool(1)
         future = pool.options(retry=2).submit(hold, str(gate))
         wait_until(gate.with_name("gate.begun").exists, "it runs")
         (worker,) = workers(pool)
         pool.kill_worker(worker["id"])
+        wait_until(lambda: not is_alive(worker["pid"]), "it was not killed")
         gate.touch()
         assert future.result(30) != worker["pid"]
         assert future.attempts == 2
