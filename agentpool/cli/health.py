@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Annotated, Any, Final
 
 import typer
 
-from agentpool.cli.reach import Folder, Pool, answer_no, choose, folders
+from agentpool.cli.reach import Folder, Pool, answer_no, choose, failure, folders
 from agentpool.control.client import FoundPool, find_pools
 from agentpool.control.wire import ControlError
 from agentpool.errors import AgentPoolError
@@ -29,7 +28,7 @@ Examples:
 
 
 class _RemotePool:
-    """Another process's pool, as the monitor wants one; read once. Raises LookupError: it ended since it was found."""
+    """Another process's pool, as the monitor wants one; read once. Raises ControlError: it ended since it was found."""
 
     def __init__(self, found: FoundPool) -> None:
         self._found = found
@@ -42,7 +41,7 @@ class _RemotePool:
                     self._stats = {**client.call("stats"), "name": self.name}
             except ControlError as error:
                 if error.code == "gone":
-                    raise LookupError(str(error)) from error
+                    raise
                 self._problem = str(error)
 
     def get_pool_stats(self) -> Mapping[str, Any]:
@@ -68,8 +67,11 @@ def health(
     found = find_pools(folders(place)) if pool is None else [choose(pool, place)]
     remote = []
     for one in found:
-        with suppress(LookupError):
+        try:
             remote.append(_RemotePool(one))
+        except ControlError as error:
+            if pool is not None:  # it is the one that is asked for, and a report without it is no answer
+                raise failure(error) from None
     monitor = ResourceMonitor(remote) if remote else get_resource_monitor()
     report = monitor.get_health_report()
     print(json.dumps(report, indent=indent or None))

@@ -19,6 +19,7 @@ import pytest
 from agentpool import AgentPool, HostBudget
 from agentpool.cli.health import _RemotePool
 from agentpool.control.client import find_pools
+from agentpool.control.wire import ControlError
 
 MakePool = Callable[..., AgentPool]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -284,7 +285,7 @@ def test_health_leaves_out_a_pool_that_ended_since_it_was_found(served: Callable
     (found,) = find_pools([place])
     assert _RemotePool(found).get_pool_stats()["max_pool_size"] == 2
     pool.shutdown()
-    with pytest.raises(LookupError, match="its process ended, or it was shut down"):
+    with pytest.raises(ControlError, match="its process ended, or it was shut down"):
         _RemotePool(found)
 
 
