@@ -28,7 +28,7 @@ __all__ = ["Failure", "Report", "Schedule", "Simulator", "simulate"]
 Step = tuple[str, int, int]
 
 #: Of so many schedules one is looked at by the rules themselves instead of `quickcheck`.
-_THOROUGH_EVERY = 128
+_THOROUGH_EVERY = 64
 #: Tenacity leaves tracebacks in circles: collected after so many schedules.
 _COLLECT_EVERY = 5000
 
